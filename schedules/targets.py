@@ -1,0 +1,91 @@
+"""Targets: one row per machine the compiler builds for.
+
+Kernels read facts (`vector_bits`, `l2_bytes`); no file outside this one looks at a target's
+name, kind or mcpu. Adding a machine is adding a row.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from tvm.target import Target
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    name: str  # the --target spelling
+    families: tuple[str, ...]  # kernel families that run here, the best first
+    tvm: dict = field(hash=False)  # passed to tvm.target.Target unchanged
+    vector_bits: int
+    num_vector_registers: int
+    l1d_bytes: int  # of one core
+    l2_bytes: int  # of one core
+    cpu_flags: tuple[str, ...] = ()  # /proc/cpuinfo flags that a host needs to run the build
+
+    def __post_init__(self):
+        assert self.families and self.families[-1] == "generic", f"{self.name}: generic is last"
+        assert self.vector_bits % 64 == 0 and self.l1d_bytes < self.l2_bytes, self.name
+
+    def lanes(self, bits: int) -> int:
+        """Elements of `bits` width in one vector register."""
+        return self.vector_bits // bits
+
+    def to_tvm(self) -> Target:
+        return Target(self.tvm)
+
+
+TARGETS = {
+    spec.name: spec
+    for spec in (
+        # Whatever LLVM takes for the baseline of the host's architecture; on x86-64, SSE2.
+        TargetSpec(
+            name="generic",
+            families=("generic",),
+            tvm={"kind": "llvm"},
+            vector_bits=128,
+            num_vector_registers=16,
+            l1d_bytes=32 * 1024,
+            l2_bytes=256 * 1024,
+        ),
+        # Levels and their flags: https://gitlab.com/x86-psABIs/x86-64-ABI (cpuinfo says abm
+        # for lzcnt). Caches: the smallest of Haswell (32 KiB, 256 KiB) and Zen (32, 512).
+        TargetSpec(
+            name="x86-avx2",
+            families=("avx2", "generic"),
+            tvm={"kind": "llvm", "mcpu": "x86-64-v3"},
+            vector_bits=256,
+            num_vector_registers=16,
+            l1d_bytes=32 * 1024,
+            l2_bytes=256 * 1024,
+            cpu_flags=("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"),
+        ),
+    )
+}
+
+
+def detect_native(cpuinfo_flags: Collection[str]) -> TargetSpec:
+    """The row with the widest vectors among those whose flags the host has."""
+    possible = [s for s in TARGETS.values() if set(s.cpu_flags) <= set(cpuinfo_flags)]
+    return max(possible, key=lambda spec: (spec.vector_bits, len(spec.cpu_flags)))
+
+
+def host_flags() -> frozenset[str]:
+    """Flags of /proc/cpuinfo; empty where there is none, which leaves the generic target."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            for line in cpuinfo:
+                key, _, value = line.partition(":")
+                if key.strip() in ("flags", "Features"):
+                    return frozenset(value.split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def find(name: str) -> TargetSpec:
+    """The row called `name`; 'native' is the best one that this host can run."""
+    if name == "native":
+        return detect_native(host_flags())
+    if name not in TARGETS:
+        possible = ", ".join([*TARGETS, "native"])
+        raise ValueError(f"target: asked for {name!r}; possible: {possible}")
+    return TARGETS[name]

@@ -1,0 +1,27 @@
+"""Rows, and the choice of one for a host."""
+
+import pytest
+
+from schedules.targets import TARGETS, detect_native, find
+
+AVX2_HOST = ["sse2", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"]
+
+
+@pytest.mark.parametrize(
+    "flags, name", [([], "generic"), (["avx2"], "generic"), (AVX2_HOST, "x86-avx2")]
+)
+def test_detect_native(flags, name):
+    assert detect_native(flags).name == name
+
+
+def test_find_names_what_is_possible():
+    with pytest.raises(ValueError, match="asked for 'vax'; possible: generic, x86-avx2.*, native"):
+        find("vax")
+    assert find("native") in TARGETS.values()
+
+
+@pytest.mark.parametrize("spec", TARGETS.values(), ids=lambda spec: spec.name)
+def test_row(spec):
+    assert spec.to_tvm().kind.name == "llvm"
+    assert spec.lanes(8) == spec.vector_bits // 8
+    assert hash(spec)
