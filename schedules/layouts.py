@@ -1,0 +1,100 @@
+"""Packed layouts of ternary weights: where each weight of int8[N, K] lies in the bytes a kernel reads.
+
+    layout       | shape u8                 | element
+    rows_2bit    | (N, ceil(K/4))           | bits 2i.. of byte j = w[n, 4j+i] + 1
+    pair_nibble  | (ceil(N/64), P, 32)      | low nibble of byte j = 3(w[n, 2p]+1) + w[n, 2p+1]+1 for
+                 |                          | n = 64b+j; high nibble for row 64b+32+j
+    columns_2bit | (K, ceil(N/128), 32)     | bits 2f.. of byte j = w[128b+32f+j, k] + 1
+
+P = ceil(K/2) rounded up to a multiple of 7, the pairs that an 8-bit sum holds. N and K are padded
+with zero weights. Packing combines bytes first and transposes the packed quarter afterwards.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+PAIR_GROUP = 7  # sums of a pair are at most 16 apart from 16, so 7 * 32 fits a byte and 8 * 32 does not
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    packed_shape: Callable[[int, int], tuple[int, ...]]
+    pack: Callable[[np.ndarray], np.ndarray]  # int8[N, K] in {-1, 0, 1} -> uint8[packed_shape]
+    unpack: Callable[[np.ndarray, int, int], np.ndarray]  # and back, given n and k
+
+
+def num_pairs(k: int) -> int:
+    """Pairs of columns in `pair_nibble`, a whole number of groups."""
+    return -(-k // (2 * PAIR_GROUP)) * PAIR_GROUP
+
+
+def _padded(w: np.ndarray, multiple_n: int, k: int) -> np.ndarray:
+    """w + 1 as bytes, with zero weights up to a multiple of rows and `k` columns."""
+    n = -(-w.shape[0] // multiple_n) * multiple_n
+    code = np.ones((n, k), np.uint8)
+    np.add(w, 1, out=code[: w.shape[0], : w.shape[1]], casting="unsafe")
+    return code
+
+
+def _rows_2bit_shape(n: int, k: int) -> tuple[int, ...]:
+    return n, -(-k // 4)
+
+
+def _rows_2bit_pack(w: np.ndarray) -> np.ndarray:
+    n, quads = _rows_2bit_shape(*w.shape)
+    code = np.ascontiguousarray(_padded(w, 1, 4 * quads)).view("<u4").reshape(n, quads)
+    code |= code >> 6  # codes of bytes 0, 1 and of bytes 2, 3 side by side
+    return (code & 0xF | (code >> 12) & 0xF0).astype(np.uint8)
+
+
+def _rows_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    code = np.stack([packed >> (2 * i) & 3 for i in range(4)], axis=-1)
+    return code.reshape(n, -1)[:, :k].astype(np.int8) - np.int8(1)
+
+
+def _pair_nibble_shape(n: int, k: int) -> tuple[int, ...]:
+    return -(-n // 64), num_pairs(k), 32
+
+
+def _pair_nibble_pack(w: np.ndarray) -> np.ndarray:
+    blocks, pairs, _ = _pair_nibble_shape(*w.shape)
+    code = _padded(w, 64, 2 * pairs)
+    pair = (3 * code[:, 0::2] + code[:, 1::2]).reshape(blocks, 2, 32, pairs)
+    return np.ascontiguousarray((pair[:, 0] | pair[:, 1] << 4).transpose(0, 2, 1))
+
+
+def _pair_nibble_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    blocks, pairs, _ = packed.shape
+    pair = np.stack([packed & 15, packed >> 4]).transpose(1, 0, 3, 2).reshape(blocks * 64, pairs)
+    code = np.stack([pair // 3, pair % 3], axis=-1).reshape(blocks * 64, 2 * pairs)
+    return code[:n, :k].astype(np.int8) - np.int8(1)
+
+
+def _columns_2bit_shape(n: int, k: int) -> tuple[int, ...]:
+    return k, -(-n // 128), 32
+
+
+def _columns_2bit_pack(w: np.ndarray) -> np.ndarray:
+    k, blocks, _ = _columns_2bit_shape(*w.shape)
+    field = _padded(w, 128, k).reshape(blocks, 4, 32, k)
+    byte = field[:, 0] | field[:, 1] << 2 | field[:, 2] << 4 | field[:, 3] << 6
+    return np.ascontiguousarray(byte.transpose(2, 0, 1))
+
+
+def _columns_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    byte = packed.transpose(1, 2, 0)
+    code = np.stack([byte >> (2 * f) & 3 for f in range(4)], axis=1)
+    return code.reshape(-1, k)[:n].astype(np.int8) - np.int8(1)
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("rows_2bit", _rows_2bit_shape, _rows_2bit_pack, _rows_2bit_unpack),
+        Layout("pair_nibble", _pair_nibble_shape, _pair_nibble_pack, _pair_nibble_unpack),
+        Layout("columns_2bit", _columns_2bit_shape, _columns_2bit_pack, _columns_2bit_unpack),
+    )
+}

@@ -1,0 +1,55 @@
+"""Each layout against its definition, weight by weight, and back again."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schedules.layouts import LAYOUTS
+
+
+def weights(n: int, k: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8)
+
+
+def rows_2bit(p, n, k):
+    return (int(p[n, k // 4]) >> 2 * (k % 4) & 3) - 1
+
+
+def pair_nibble(p, n, k):
+    pair = int(p[n // 64, k // 2, n % 32]) >> (4 if n % 64 >= 32 else 0) & 15
+    return (pair % 3 if k % 2 else pair // 3) - 1
+
+
+def columns_2bit(p, n, k):
+    return (int(p[k, n // 128, n % 32]) >> 2 * (n % 128 // 32) & 3) - 1
+
+
+DEFINITIONS = {f.__name__: f for f in (rows_2bit, pair_nibble, columns_2bit)}
+PADDING = {"rows_2bit": 0b01010101, "pair_nibble": 4 * 17, "columns_2bit": 0b01010101}
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (3, 5), (65, 29), (130, 15), (128, 16)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_definition(name, n, k):
+    w = weights(n, k)
+    packed = LAYOUTS[name].pack(w)
+    assert packed.dtype == np.uint8 and packed.flags.c_contiguous
+    assert packed.shape == LAYOUTS[name].packed_shape(n, k)
+    element = DEFINITIONS[name]
+    found = [[element(packed, i, j) for j in range(k)] for i in range(n)]
+    np.testing.assert_array_equal(found, w)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_padding_is_zero_weights(name):
+    zeros = LAYOUTS[name].pack(np.zeros((1, 1), np.int8))
+    assert (zeros == PADDING[name]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 300), k=st.integers(1, 120), seed=st.integers(0, 9))
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_round_trip(name, n, k, seed):
+    w = weights(n, k, seed)
+    np.testing.assert_array_equal(LAYOUTS[name].unpack(LAYOUTS[name].pack(w), n, k), w)
