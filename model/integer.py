@@ -1,7 +1,9 @@
 """The integer forward: what is exported, compiled and served, written with the ops of `bitnet::*`.
 
-`Prefill` and `Decode` wrap one `IntegerModel`; its buffers are the parameters of the compiled functions and their
-names are the artifact's (docs/architecture.md, "The compiled module"). Shapes: M token rows, each with a slot and a position.
+`Prefill` and `Decode` wrap one `IntegerModel`; its buffers are the parameters of the compiled
+functions and their
+names are the artifact's (docs/architecture.md, "The compiled module"). Shapes: M token rows, each
+with a slot and a position.
 """
 
 import torch
@@ -141,7 +143,9 @@ class IntegerModel(nn.Module):
         self.register_buffer("norm", torch.ones(config.hidden_size))
 
     def trunk(self, tokens: Tensor, slots: Tensor, positions: Tensor, caches: list, kv_bits: int):
-        """tokens, slots, positions i64[M]; caches [codes0, scales0, codes1, ...] -> (f32[M, hidden], caches)."""
+        """tokens, slots, positions i64[M]; caches [codes0, scales0, codes1, ...] -> (f32[M,
+        hidden], caches).
+        """
         if self.config.is_ternary:
             x = ops.embedding(tokens, self.embed.table, self.embed.scale)
         else:

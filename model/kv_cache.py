@@ -1,8 +1,12 @@
-"""The packed KV cache in torch: its layout, and the ops `bitnet::kv_append` and `bitnet::attention`.
+"""The packed KV cache in torch: its layout, and the ops `bitnet::kv_append` and
+`bitnet::attention`.
 
-Layout (docs/architecture.md, "KV cache"): codes [S, Hkv, 2, B] and scales f16[S, Hkv, 2, T], axis 2 = keys, values.
-16 bits: codes are the float16 values themselves. 4 bits: T rows of D/2 bytes. 3 bits: position 0, the bos token,
-is a 4-bit row, the others are 3D/8 bytes (a4.8 section 2.2: 3-bit KV with the bos token's heads at 4 bits).
+Layout (docs/architecture.md, "KV cache"): codes [S, Hkv, 2, B] and scales f16[S, Hkv, 2, T], axis
+2 = keys, values.
+16 bits: codes are the float16 values themselves. 4 bits: T rows of D/2 bytes. 3 bits: position 0,
+the bos token,
+is a 4-bit row, the others are 3D/8 bytes (a4.8 section 2.2: 3-bit KV with the bos token's heads at
+4 bits).
 """
 
 import torch
@@ -34,7 +38,9 @@ def empty_cache(
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes u8[..., D] -> bytes u8[..., D*bits/8], planes as in the module docstring's page."""
+    """Unsigned codes u8[..., D] -> bytes u8[..., D*bits/8], planes as in the module docstring's
+    page.
+    """
     d = codes.shape[-1]
     if bits == 4:
         return codes[..., : d // 2] | codes[..., d // 2 :] << 4
@@ -90,7 +96,8 @@ def kv_append(
     num_kv_heads: int,
     kv_bits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise, pack and store the k and v heads of qkv f32[M, (Hq+2Hkv)D] at (slots[m], positions[m]).
+    """Quantise, pack and store the k and v heads of qkv f32[M, (Hq+2Hkv)D] at (slots[m],
+    positions[m]).
 
     Functional here (a new cache is returned); compiled, the caller's tensors are updated in place.
     """
@@ -135,7 +142,9 @@ def attention(
     num_kv_heads: int,
     kv_bits: int,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over positions 0..positions[m] of slots[m], grouped queries -> f32[M, Hq*D]."""
+    """softmax(q k^T / sqrt(D)) v over positions 0..positions[m] of slots[m], grouped queries ->
+    f32[M, Hq*D].
+    """
     m = qkv.shape[0]
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     group = num_heads // num_kv_heads

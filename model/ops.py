@@ -1,10 +1,13 @@
 """The torch custom ops `bitnet::*`: the eager integer reference, and so the definition of correct.
 
-Every op maps one to one onto `R.bitnet.<op>` of the compiler. The float orders that make the integers
-equal bit for bit on every target are written down in docs/architecture.md, "The dialect"; the KV cache
+Every op maps one to one onto `R.bitnet.<op>` of the compiler. The float orders that make the
+integers
+equal bit for bit on every target are written down in docs/architecture.md, "The dialect"; the KV
+cache
 ops live in `model/kv_cache.py`.
 
-M token rows; K reduced, N produced features. Quantised activations are int8 with one float32 scale a row.
+M token rows; K reduced, N produced features. Quantised activations are int8 with one float32 scale
+a row.
 """
 
 import torch
@@ -13,17 +16,21 @@ from torch.library import custom_op
 
 from model import quantizers
 
-# One matmul of float32 is exact while every partial sum stays below 2**24; int8 x ternary needs K < 2**17.
+# One matmul of float32 is exact while every partial sum stays below 2**24; int8 x ternary needs K
+# < 2**17.
 MAX_EXACT_FLOAT32 = 2**24
 
 
 def exact_matmul(q: Tensor, w: Tensor) -> Tensor:
     """Integer product of q i8[M, K] and w i8[N, K] as float32[M, N] holding exact int32 values.
 
-    Float multiplication is how a CPU without integer BLAS gets an exact answer quickly. int8 x int8 can pass
+    Float multiplication is how a CPU without integer BLAS gets an exact answer quickly. int8 x
+    int8 can pass
     2**24, hence float64 there; the int32 result is rounded to float32 once, as the kernels do.
     """
-    wide = w.dtype == torch.int8 and q.shape[1] * 127 * 127 >= MAX_EXACT_FLOAT32 and w.abs().max() > 1
+    wide = (
+        w.dtype == torch.int8 and q.shape[1] * 127 * 127 >= MAX_EXACT_FLOAT32 and w.abs().max() > 1
+    )
     dtype = torch.float64 if wide else torch.float32
     return (q.to(dtype) @ w.to(dtype).T).float()
 
@@ -93,10 +100,13 @@ for op in (rms_norm_int4, rms_norm_int8, rms_norm_fp4):
 def rms_norm_topk_int8(
     x: Tensor, gain: Tensor, eps: float, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """RMSNorm, TopK mask, INT8 absmax, compressed (a4.8 equation 4): the input of the sparse matmul.
+    """RMSNorm, TopK mask, INT8 absmax, compressed (a4.8 equation 4): the input of the sparse
+    matmul.
 
-    -> q i8[M, K], scale f32[M], index i32[M, K], count i32[M]: index[m, :count[m]] are the columns of
-    non-zero q in rising order; the rest of index is unspecified (zero here). k = K keeps every column.
+    -> q i8[M, K], scale f32[M], index i32[M, K], count i32[M]: index[m, :count[m]] are the columns
+    of
+    non-zero q in rising order; the rest of index is unspecified (zero here). k = K keeps every
+    column.
     """
     h = _normalize(x, gain, eps)
     q, scale = quantizers.int8_absmax(h)
@@ -112,12 +122,18 @@ def rms_norm_topk_int8(
 @rms_norm_topk_int8.register_fake
 def _(x: Tensor, gain: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, scale = _fake_quantized(x, gain, eps)
-    return q, scale, torch.empty_like(x, dtype=torch.int32), scale.new_empty(scale.shape, dtype=torch.int32)
+    return (
+        q,
+        scale,
+        torch.empty_like(x, dtype=torch.int32),
+        scale.new_empty(scale.shape, dtype=torch.int32),
+    )
 
 
 @custom_op("bitnet::ternary_matmul", mutates_args=())
 def ternary_matmul(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, act_bits: int) -> Tensor:
-    """y[m, n] = (sum_k q[m, k] w[n, k]) * (scale[m] * w_scale[n]); w i8[N, K] in {-1, 0, 1} -> f32[M, N].
+    """y[m, n] = (sum_k q[m, k] w[n, k]) * (scale[m] * w_scale[n]); w i8[N, K] in {-1, 0, 1} ->
+    f32[M, N].
 
     act_bits promises the range of q: 4 means [-8, 7], 8 means any int8.
     """
@@ -133,7 +149,8 @@ def _(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, act_bits: int) -> Te
 def ternary_glu_matmul(
     q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, act_bits: int
 ) -> Tensor:
-    """Gate-first squared-ReLU GLU: y = ReLU(gate)^2 * ternary_matmul(q, w); gate f32[M, N] -> f32[M, N].
+    """Gate-first squared-ReLU GLU: y = ReLU(gate)^2 * ternary_matmul(q, w); gate f32[M, N] ->
+    f32[M, N].
 
     Rows n of w are needed only where gate[m, n] > 0 (a4.8 section 2.2), which kernels may use.
     """
@@ -148,22 +165,38 @@ def _(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, act_bi
 
 @custom_op("bitnet::sparse_ternary_matmul", mutates_args=())
 def sparse_ternary_matmul(
-    q: Tensor, scale: Tensor, index: Tensor, count: Tensor, w: Tensor, w_scale: Tensor, residual: Tensor
+    q: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    count: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    residual: Tensor,
 ) -> Tensor:
-    """y = residual + ternary_matmul(q, w) with q i8[M, K] sparse; index, count as rms_norm_topk_int8 gives them."""
+    """y = residual + ternary_matmul(q, w) with q i8[M, K] sparse; index, count as
+    rms_norm_topk_int8 gives them.
+    """
     return residual + _scaled(exact_matmul(q, w), scale, w_scale)
 
 
 @sparse_ternary_matmul.register_fake
 def _(
-    q: Tensor, scale: Tensor, index: Tensor, count: Tensor, w: Tensor, w_scale: Tensor, residual: Tensor
+    q: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    count: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    residual: Tensor,
 ) -> Tensor:
     return torch.empty_like(residual)
 
 
 @custom_op("bitnet::int8_matmul", mutates_args=())
 def int8_matmul(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
-    """The head: y[m, n] = (sum_k q[m, k] w[n, k]) * (scale[m] * w_scale[n]); w i8[N, K] -> f32[M, N]."""
+    """The head: y[m, n] = (sum_k q[m, k] w[n, k]) * (scale[m] * w_scale[n]); w i8[N, K] -> f32[M,
+    N].
+    """
     return _scaled(exact_matmul(q, w), scale, w_scale)
 
 
@@ -174,7 +207,9 @@ def _(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
 
 @custom_op("bitnet::float_matmul", mutates_args=())
 def float_matmul(x: Tensor, w: Tensor) -> Tensor:
-    """The float baseline's linear layer: x f32[M, K], w f16[N, K] -> f32[M, N], float32 sums in any order."""
+    """The float baseline's linear layer: x f32[M, K], w f16[N, K] -> f32[M, N], float32 sums in
+    any order.
+    """
     return x @ w.float().T
 
 
@@ -187,9 +222,11 @@ def _(x: Tensor, w: Tensor) -> Tensor:
 def rope(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, num_heads: int, num_kv_heads: int
 ) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864, rotate_half) of the q and k heads of qkv f32[M, (Hq+2Hkv)D]; v is copied.
+    """Rotary embedding (arXiv 2104.09864, rotate_half) of the q and k heads of qkv f32[M,
+    (Hq+2Hkv)D]; v is copied.
 
-    cos, sin f32[P, D/2]; row m turns by positions[m] < P. Products and sums are float64, then rounded once.
+    cos, sin f32[P, D/2]; row m turns by positions[m] < P. Products and sums are float64, then
+    rounded once.
     """
     half = cos.shape[1]
     heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, 2, half).double()

@@ -1,0 +1,193 @@
+"""Read a checkpoint directory into the parameters of `model.integer`, one tensor at a time.
+
+Read are `config.json`, `tokenizer.json` and `model.safetensors` (or its shards) in the Hugging
+Face layout:
+packed ternary weights (`offline`: U8 [ceil(out/4), in], SPEC of transformers'
+integrations/bitnet.py), float master weights
+(`online`, quantised here), float weights of the llama baseline; embeddings as floats or as INT8
+rows with scales.
+Nothing is unpickled.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model import packing, quantizers
+from model.config import ConfigError, ModelConfig
+from model.integer import IntegerModel, linear_shapes, rope_tables
+
+ZOO = Path(__file__).parent / "zoo"  # the models that ship
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+# Parameter of model.integer -> tensors of the checkpoint (several are stacked along the outputs).
+_LINEARS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate": ("mlp.gate_proj",),
+    "up": ("mlp.up_proj",),
+    "down": ("mlp.down_proj",),
+}
+_NORMS = {
+    "attn_norm": "input_layernorm",
+    "attn_sub_norm": "self_attn.attn_sub_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_sub_norm": "mlp.ffn_sub_norm",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message is one line for the user."""
+
+
+def zoo_models() -> list[str]:
+    """Names of the models that ship with the repository."""
+    return sorted(path.parent.name for path in ZOO.glob("*/config.json"))
+
+
+def find(model: str) -> Path:
+    """The checkpoint directory of a shipped model's name or of a path; CheckpointError if there is
+    none.
+    """
+    for path in (ZOO / model, Path(model)):
+        if (path / "config.json").is_file():
+            return path
+    raise CheckpointError(
+        f"model {model!r}: neither a shipped model ({', '.join(zoo_models()) or 'none'}) "
+        f"nor a directory with config.json and {WEIGHTS_NAME}"
+    )
+
+
+class IntegerWeights(Mapping[str, np.ndarray]):
+    """Parameters of `IntegerModel` by name, as numpy arrays made when asked for.
+
+    Ternary weights are i8[N, K] in {-1, 0, 1}; `*.scale` f32[N] multiplies the integer product.
+    One tensor
+    is in memory at a time. Raises CheckpointError for what is missing, truncated or of another
+    shape.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        try:
+            self.config = ModelConfig.load(self.directory)
+            raw = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        quantization = raw.get("quantization_config") or {}
+        # BitLinear stores 1/mean|W| and divides; AutoBitLinear stores mean|W| and multiplies.
+        self._scale_is_inverse = quantization.get("linear_class", "bitlinear") == "bitlinear"
+        self._shards = self._open_shards()
+        with torch.device("meta"):
+            self._shapes = {
+                name: tuple(buffer.shape)
+                for name, buffer in IntegerModel(self.config).named_buffers()
+            }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._shapes:
+            raise KeyError(name)
+        tensor = self._make(name)
+        if tuple(tensor.shape) != self._shapes[name]:
+            raise CheckpointError(
+                f"{self.directory}: {name} is {tuple(tensor.shape)}, "
+                f"config.json asks for {self._shapes[name]}"
+            )
+        return tensor.contiguous().numpy()
+
+    def _open_shards(self) -> dict:
+        index = self.directory / INDEX_NAME
+        if index.is_file():
+            files = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        else:
+            files = [WEIGHTS_NAME]
+        shards = {}
+        for file in files:
+            path = self.directory / file
+            if not path.is_file():
+                raise CheckpointError(f"{self.directory}: no {file} beside config.json")
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: truncated or not safetensors ({error})") from error
+            shards |= {key: handle for key in handle.keys()}
+        return shards
+
+    def _read(self, key: str) -> Tensor:
+        if key not in self._shards:
+            raise CheckpointError(f"{self.directory}: tensor {key} is missing")
+        return self._shards[key].get_tensor(key)
+
+    def _make(self, name: str) -> Tensor:
+        head, _, leaf = name.rpartition(".")
+        if head == "rope":
+            return dict(zip(("cos", "sin"), rope_tables(self.config), strict=True))[leaf]
+        if name == "norm":
+            return self._read("model.norm.weight").float()
+        if head in ("embed", "head"):
+            return self._table("model.embed_tokens" if head == "embed" else "lm_head", leaf)
+        _, layer, rest = name.split(".", 2)
+        prefix = f"model.layers.{layer}."
+        if rest in _NORMS:
+            return self._read(f"{prefix}{_NORMS[rest]}.weight").float()
+        linear = rest.split(".")[0]
+        parts = [self._linear(prefix + source, linear, leaf) for source in _LINEARS[linear]]
+        return torch.cat(parts)
+
+    def _table(self, source: str, leaf: str) -> Tensor:
+        weight = self._read(f"{source}.weight")
+        if not self.config.is_ternary:
+            return weight.half()
+        if weight.dtype == torch.int8:
+            return (
+                weight
+                if leaf == "table"
+                else self._read(f"{source}.weight_scale").float().reshape(-1)
+            )
+        codes, scale = quantizers.int8_absmax(weight)
+        return codes if leaf == "table" else scale.reshape(-1)
+
+    def _linear(self, source: str, linear: str, leaf: str) -> Tensor:
+        """One projection's rows: its ternary weights, its float16 weights, or its scale a row."""
+        weight = self._read(f"{source}.weight")
+        if not self.config.is_ternary:
+            return weight.half()
+        if weight.dtype != torch.uint8:
+            codes, alpha = quantizers.ternary_absmean(weight)
+            return codes if leaf == "w" else alpha.reshape(1).repeat(weight.shape[0])
+        rows = self._rows(source, linear)
+        if leaf == "w":
+            return packing.unpack_ternary(weight, rows)
+        scale = self._read(f"{source}.weight_scale").float().reshape(1)
+        return (1.0 / scale if self._scale_is_inverse else scale).repeat(rows)
+
+    def _rows(self, source: str, linear: str) -> int:
+        """Outputs of one projection: the packed tensor's own shape is rounded up to a multiple of
+        four.
+        """
+        if linear != "qkv":
+            return linear_shapes(self.config)[linear][0]
+        return self.config.attention_size if source.endswith("q_proj") else self.config.kv_size
+
+
+def load_integer_model(directory: Path | str) -> IntegerModel:
+    """The torch reference of a checkpoint, all weights in memory (1 byte a ternary weight)."""
+    weights = IntegerWeights(directory)
+    model = IntegerModel(weights.config)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(torch.from_numpy(weights[name]))
+    return model
