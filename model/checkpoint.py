@@ -99,7 +99,12 @@ class IntegerWeights(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._shapes:
             raise KeyError(name)
-        tensor = self._make(name)
+        try:
+            tensor = self._make(name)
+        except CheckpointError:
+            raise
+        except (ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{self.directory}: {name}: {error}") from error
         if tuple(tensor.shape) != self._shapes[name]:
             raise CheckpointError(
                 f"{self.directory}: {name} is {tuple(tensor.shape)}, "
