@@ -1,0 +1,150 @@
+"""OpDef: everything the compiler knows about one operator, in one record.
+
+Constructing a record registers `relax.bitnet.<name>` (type inference, legalisation, purity) and
+lets TVMScript print and parse it as `R.bitnet.<name>(...)`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+
+import tvm
+import tvm.relax.script.parser as relax_parser
+from tvm import relax, tirx
+from tvm.ir import Op, _ffi_api
+from tvm.tirx import PrimFunc
+
+from compiler.kernels import find_schedule, in_force
+from compiler.signature import Match, TensorArg, same_shape, show_shape, show_type
+from schedules.layouts import LAYOUTS, Layout
+from schedules.targets import TargetSpec
+
+Statics = Mapping[str, int | float]
+# (module of schedules/, size of a letter, static arguments, target) -> the kernel
+KernelFactory = Callable[[ModuleType, Callable[[str], int], Statics, TargetSpec], PrimFunc]
+
+relax_parser.bitnet = SimpleNamespace()  # what `R.bitnet` means to the parser of TVMScript
+
+
+def no_check(match: Match, statics: Statics) -> None:
+    """Most operators are fully described by their signature."""
+
+
+@dataclass(frozen=True)
+class OpDef:
+    name: str
+    tensors: tuple[TensorArg, ...]
+    results: tuple[TensorArg, ...]  # one, or the fields of a tuple
+    schedules: str  # the folder of schedules/ that holds a module for every family
+    kernel: KernelFactory
+    statics: Mapping[str, type | tuple[int, ...]] = field(default_factory=dict)
+    weight: str | None = None  # the ternary argument i8[N, K] that PackWeights packs
+    layout: Callable[[ModuleType, Statics], str] | None = None  # which one the kernel reads
+    inplace: tuple[int, ...] = ()  # the tensor argument that each result overwrites
+    check: Callable[[Match, Statics], None] = no_check  # what letters cannot say
+
+    def __post_init__(self) -> None:
+        full_name = f"relax.bitnet.{self.name}"
+        _ffi_api.RegisterOp(full_name, self.name)
+        attrs = {"FInferType": self.infer_type, "FLegalize": self.legalize, "FPurity": True}
+        for key, value in attrs.items():
+            Op.get(full_name).set_attr(key, value)
+        setattr(relax_parser.bitnet, self.name, self)
+
+    def __call__(self, *args: relax.Expr | int | float) -> relax.Call:
+        values = [relax.prim_value(a) if isinstance(a, int | float) else a for a in args]
+        return relax.Call(Op.get(f"relax.bitnet.{self.name}"), values)
+
+    @property
+    def argument_names(self) -> list[str]:
+        return [*(arg.name for arg in self.tensors), *self.statics]
+
+    def infer_type(self, call: relax.Call, _: relax.BlockBuilder) -> tvm.ir.Type:
+        types = self._result_types(self.match(call))
+        return types[0] if len(types) == 1 else relax.TupleType(types)
+
+    def legalize(self, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        """A call of the target's best kernel, which is compiled once however often it is used."""
+        match, statics, table = self.match(call), self.static_values(call), in_force()
+        family, schedule = find_schedule(self.schedules, table.target.families)
+        if self.weight and (problem := self._layout_problem(match, statics, table.target)):
+            match.refuse(f"{problem}, as schedules/{self.schedules}/{family}.py reads it")
+        kernel = table.get(
+            self.name,
+            family,
+            match.constants() | dict(statics),
+            lambda: self.kernel(schedule, match.static, statics, table.target),
+        )
+        tensors, types = list(call.args[: len(self.tensors)]), self._result_types(match)
+        function = bb.add_func(kernel, self.name)
+        if self.inplace:
+            return relax.op.call_tir_inplace(function, tensors, list(self.inplace), types)
+        return relax.call_tir(function, tensors, types if len(types) > 1 else types[0])
+
+    def weight_layout(self, statics: Statics, target: TargetSpec) -> Layout:
+        """The layout in which the target's kernel reads the weight."""
+        assert self.layout
+        _, schedule = find_schedule(self.schedules, target.families)
+        return LAYOUTS[self.layout(schedule, statics)]
+
+    def match(self, call: relax.Call) -> Match:
+        """Check a call and return its sizes; TypeError names the argument that is wrong."""
+        match, names = Match(self.name), self.argument_names
+        if len(call.args) != len(names):
+            match.refuse(f"got {len(call.args)} arguments, takes {len(names)}: {', '.join(names)}")
+        weight_last = sorted(
+            zip(self.tensors, call.args, strict=False), key=lambda pair: pair[0].name == self.weight
+        )
+        for arg, value in weight_last:  # N is known from the scales even if the weight is packed
+            match_argument = match_weight if arg.name == self.weight else Match.tensor
+            match_argument(match, arg, value.ty)
+        statics = self.static_values(call)
+        self._check_statics(match, statics)
+        self.check(match, statics)
+        return match
+
+    def static_values(self, call: relax.Call) -> Statics:
+        values = {}
+        for name, arg in zip(self.statics, call.args[len(self.tensors) :], strict=True):
+            if not isinstance(arg, tirx.IntImm | tirx.FloatImm):
+                raise TypeError(f"{self.name}: {name} is {arg}, expected a constant")
+            values[name] = arg.value
+        return values
+
+    def _check_statics(self, match: Match, statics: Statics) -> None:
+        for name, kind in self.statics.items():
+            value = statics[name]
+            if isinstance(kind, tuple):
+                if value not in kind:
+                    match.refuse(f"{name} is {value}, possible: {', '.join(map(str, kind))}")
+            elif not isinstance(value, kind) or value <= 0:
+                match.refuse(f"{name} is {value}, expected {kind.__name__} above 0")
+
+    def _layout_problem(self, match: Match, statics: Statics, target: TargetSpec) -> str | None:
+        assert self.weight
+        layout, found = self.weight_layout(statics, target), match.types[self.weight]
+        shape = layout.packed_shape(match.static("N"), match.static("K"))
+        if str(found.dtype) == "uint8" and same_shape(found.shape, shape):
+            return None
+        return f"{self.weight} is {show_type(found)}, expected uint8 {shape} of {layout.name}"
+
+    def _result_types(self, match: Match) -> list[relax.TensorType]:
+        if self.inplace:
+            return [match.types[self.tensors[i].name] for i in self.inplace]
+        return [match.result(arg) for arg in self.results]
+
+
+def match_weight(match: Match, arg: TensorArg, type_: tvm.ir.Type) -> None:
+    """A ternary weight: int8 (N, K), or uint8 in a layout that packs (N, K)."""
+    if not isinstance(type_, relax.TensorType) or str(type_.dtype) != "uint8":
+        match.tensor(arg, type_)
+        return
+    n, k = (match.static(letter) for letter in arg.dims)
+    shapes = {layout.name: layout.packed_shape(n, k) for layout in LAYOUTS.values()}
+    if not any(same_shape(type_.shape, shape) for shape in shapes.values()):
+        packed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        match.refuse(
+            f"{arg.name} is {show_type(type_)}, expected int8 {show_shape((n, k))} "
+            f"or uint8 packed as {packed}"
+        )
+    match.types[arg.name] = type_

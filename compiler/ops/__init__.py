@@ -1,0 +1,34 @@
+"""The dialect `R.bitnet.*`: importing this package registers every operator."""
+
+from compiler.op import OpDef
+from compiler.ops.attention import attention
+from compiler.ops.embedding import embedding
+from compiler.ops.float_matmul import float_matmul
+from compiler.ops.int8_matmul import int8_matmul
+from compiler.ops.kv_append import kv_append
+from compiler.ops.rms_norm import rms_norm, rms_norm_fp4, rms_norm_int4, rms_norm_int8
+from compiler.ops.rms_norm_topk import rms_norm_topk_int8
+from compiler.ops.rope import rope
+from compiler.ops.sparse_ternary_matmul import sparse_ternary_matmul
+from compiler.ops.ternary_glu_matmul import ternary_glu_matmul
+from compiler.ops.ternary_matmul import ternary_matmul
+
+OPS: dict[str, OpDef] = {
+    op.name: op
+    for op in (
+        embedding,
+        rms_norm,
+        rms_norm_int4,
+        rms_norm_int8,
+        rms_norm_fp4,
+        rms_norm_topk_int8,
+        ternary_matmul,
+        ternary_glu_matmul,
+        sparse_ternary_matmul,
+        int8_matmul,
+        float_matmul,
+        rope,
+        kv_append,
+        attention,
+    )
+}

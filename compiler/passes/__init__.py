@@ -1,0 +1,1 @@
+"""Module passes over the dialect, one a file."""
