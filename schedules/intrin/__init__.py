@@ -1,0 +1,1 @@
+"""Pieces that several kernels inline: loops over vectors, rounding, half floats, exp."""
