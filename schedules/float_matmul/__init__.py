@@ -1,0 +1,1 @@
+"""float_matmul: float32 activations times float16 weights."""

@@ -1,0 +1,92 @@
+"""What the matmul kernels' tests share: cases, activations of every kind, the reference in numpy."""
+
+import importlib
+import importlib.util
+from functools import cache
+
+import numpy as np
+
+from schedules.layouts import LAYOUTS
+from schedules.targets import TargetSpec
+from tests.schedules.compiled import compiled
+
+ROWS = (0, 1, 2, 5, 33)
+SIZES_K = (1, 2, 3, 7, 14, 15, 17, 33, 64, 127, 512, 2563)
+SIZES_N = (1, 3, 63, 64, 65, 100, 128, 130, 512)
+# Every K with a few N, every N with an odd K, then sizes of models and the first K past 16-bit sums.
+SHAPES = [
+    *((n, k) for k in SIZES_K for n in (1, 65, 130)),
+    *((n, 29) for n in SIZES_N),
+    (512, 1536),
+    (3840, 512),
+    (130, 4095),
+    (65, 6912),
+]
+LIMITS = {4: (-8, 7), 8: (-128, 127)}
+KINDS = ("random", "max", "min", "ones", "zeros", "alternating")
+
+
+def activations(kind: str, m: int, k: int, act_bits: int, seed: int = 0) -> np.ndarray:
+    low, high = LIMITS[act_bits]
+    if kind == "random":
+        q = np.random.default_rng(seed).integers(low, high + 1, (m, k))
+    elif kind == "alternating":
+        q = np.where(np.arange(m * k).reshape(m, k) % 2, low, high)
+    else:
+        q = np.full((m, k), {"max": high, "min": low, "ones": 1, "zeros": 0}[kind])
+    return q.astype(np.int8)
+
+
+def weights(kind: str, n: int, k: int, seed: int = 0) -> np.ndarray:
+    if kind == "random":
+        return np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8)
+    return np.full((n, k), {"plus": 1, "minus": -1}[kind], np.int8)
+
+
+def scales(m: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return tuple(rng.uniform(0.01, 2, size).astype(np.float32) for size in (m, n))
+
+
+def ones(m: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scales that leave the integer sum as it is: float32 is exact below 2**24."""
+    return np.ones(m, np.float32), np.ones(n, np.float32)
+
+
+def exact_sum(q: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """q @ w.T as float32(int32), through float64's matmul, which is exact below 2**53."""
+    acc = q.astype(np.float64) @ w.T.astype(np.float64)
+    return acc.astype(np.int32).astype(np.float32)
+
+
+def module(op: str, target: TargetSpec):
+    """The kernel module that a build for `target` picks."""
+    for family in target.families:
+        if importlib.util.find_spec(f"schedules.{op}.{family}"):
+            return importlib.import_module(f"schedules.{op}.{family}")
+    raise AssertionError(f"{op}: no kernel in {target.families}")
+
+
+class Ternary:
+    """A kernel of an op that reads packed ternary weights: call(weights int8[N, K], arrays) -> out."""
+
+    def __init__(self, op, target, n, k, layout_args=(), kernel_args=(), kernel_end=()):
+        kernels = module(op, target)
+        self.shape = n, k
+        self.layout = LAYOUTS[kernels.layout(*layout_args)]
+        self.call = compiled(kernels.kernel(n, k, *kernel_args, target, *kernel_end), target)
+
+    def __call__(self, before, w, w_scale, *after) -> np.ndarray:
+        n = self.shape[0]
+        out = np.full((before[0].shape[0], n), np.nan, np.float32)
+        return self.call(*before, self.layout.pack(w), w_scale, *after, out)[-1]
+
+
+@cache
+def ternary_matmul(target: TargetSpec, n: int, k: int, act_bits: int, epilogue: str) -> Ternary:
+    return Ternary("ternary_matmul", target, n, k, (act_bits,), (act_bits,), (epilogue,))
+
+
+@cache
+def sparse_ternary_matmul(target: TargetSpec, n: int, k: int) -> Ternary:
+    return Ternary("sparse_ternary_matmul", target, n, k)

@@ -1,0 +1,133 @@
+"""ternary_matmul and ternary_glu_matmul against integer sums in numpy, bit for bit."""
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+
+from schedules.layouts import LAYOUTS
+from tests.schedules.compiled import EVERY_TARGET
+from tests.schedules.matmul_reference import (
+    KINDS,
+    ROWS,
+    SHAPES,
+    activations,
+    exact_sum,
+    module,
+    ones,
+    scales,
+    ternary_matmul,
+    weights,
+)
+
+pytestmark = pytest.mark.parametrize("target", EVERY_TARGET)
+ACT_BITS = pytest.mark.parametrize("act_bits", (4, 8))
+
+
+@ACT_BITS
+@pytest.mark.parametrize("n, k", SHAPES, ids=lambda v: str(v))
+def test_sum_is_exact(target, act_bits, n, k):
+    run = ternary_matmul(target, n, k, act_bits, "scale")
+    w = weights("random", n, k)
+    for m in ROWS:
+        q = activations("random", m, k, act_bits, seed=m)
+        scale, w_scale = ones(m, n)
+        np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
+
+
+@ACT_BITS
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, k", [(130, 4095), (65, 6912), (64, 16384)])
+def test_extremes(target, act_bits, kind, n, k):
+    run = ternary_matmul(target, n, k, act_bits, "scale")
+    for sign in ("plus", "minus", "random"):
+        w = weights(sign, n, k)
+        for m in (1, 5):
+            q = activations(kind, m, k, act_bits)
+            scale, w_scale = ones(m, n)
+            np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
+
+
+@ACT_BITS
+@pytest.mark.parametrize("n, k", [(512, 512), (130, 257), (1, 1)])
+def test_scale_order(target, act_bits, n, k):
+    run = ternary_matmul(target, n, k, act_bits, "scale")
+    w = weights("random", n, k)
+    for m in (1, 5, 128):
+        q, (scale, w_scale) = activations("random", m, k, act_bits, seed=m), scales(m, n)
+        expected = exact_sum(q, w) * (scale[:, None] * w_scale)
+        np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
+
+
+@ACT_BITS
+@pytest.mark.parametrize("n, k", [(512, 512), (130, 257), (1, 1), (320, 64)])
+def test_glu(target, act_bits, n, k):
+    run = ternary_matmul(target, n, k, act_bits, "glu")
+    w, rng = weights("random", n, k), np.random.default_rng(0)
+    for m in (0, 1, 2, 5, 33):
+        q, (scale, w_scale) = activations("random", m, k, act_bits, seed=m), scales(m, n)
+        gate = rng.standard_normal((m, n)).astype(np.float32)
+        gate[:, 64:128] = -np.abs(gate[:, 64:128])  # blocks that need no weights
+        gate[::2, :64] = 0
+        gate[:, 300:] = -1
+        g = np.maximum(gate, np.float32(0))
+        expected = (g * g) * (exact_sum(q, w) * (scale[:, None] * w_scale))
+        np.testing.assert_array_equal(run((q, scale), w, w_scale, gate), expected)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    n=st.integers(1, 200),
+    k=st.integers(1, 300),
+    m=st.integers(1, 9),
+    act_bits=st.sampled_from((4, 8)),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(target, n, k, m, act_bits, seed):
+    run = ternary_matmul(target, n, k, act_bits, "scale")
+    q, w = activations("random", m, k, act_bits, seed), weights("random", n, k, seed)
+    scale, w_scale = ones(m, n)
+    np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
+
+
+@ACT_BITS
+@pytest.mark.parametrize("epilogue", ["scale", "glu"])
+def test_through_relax(target, act_bits, epilogue):
+    """The kernel survives the Relax pipeline, with M symbolic, as the target of a call_tir."""
+    n, k = 130, 33
+    kernels = module("ternary_matmul", target)
+    layout = LAYOUTS[kernels.layout(act_bits)]
+    builder, m = relax.BlockBuilder(), tvm.tirx.Var("m", "int64")
+
+    def tensor(name, shape, dtype="float32"):
+        return relax.Var(name, relax.TensorType(shape, dtype))
+
+    params = [
+        tensor("q", (m, k), "int8"),
+        tensor("scale", (m,)),
+        tensor("w", layout.packed_shape(n, k), "uint8"),
+        tensor("w_scale", (n,)),
+    ]
+    if epilogue == "glu":
+        params.append(tensor("gate", (m, n)))
+    with builder.function("main", params):
+        func = builder.add_func(kernels.kernel(n, k, act_bits, target, epilogue), "matmul")
+        with builder.dataflow():
+            called = relax.call_tir(func, params, relax.TensorType((m, n), "float32"))
+            out = builder.emit_output(called)
+        builder.emit_func_output(out)
+    built = tvm.compile(builder.get(), target=target.to_tvm())
+    vm = relax.VirtualMachine(built, tvm.cpu())
+    w = weights("random", n, k)
+    for rows in (1, 2, 5, 33):
+        q, (scale, w_scale) = activations("random", rows, k, act_bits, rows), scales(rows, n)
+        gate = np.random.default_rng(0).standard_normal((rows, n)).astype(np.float32)
+        args = [q, scale, layout.pack(w), w_scale] + [gate] * (epilogue == "glu")
+        expected = exact_sum(q, w) * (scale[:, None] * w_scale)
+        if epilogue == "glu":
+            g = np.maximum(gate, np.float32(0))
+            expected = (g * g) * expected
+        found = vm["main"](*map(tvm.runtime.tensor, args)).numpy()
+        np.testing.assert_array_equal(found, expected)
