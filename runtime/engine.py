@@ -1,0 +1,225 @@
+"""The engine: an open artifact, its compiled module, a KV cache, and text in and out.
+
+A step works on M token rows; row m belongs to cache slot `slots[m]` and stands at
+`positions[m]` of that slot's sequence (docs/architecture.md, "Rows, not batches of sequences").
+The compiled kernels check nothing, so what comes in is checked here.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from runtime import host, tvm_runtime
+from runtime.artifact import Artifact
+from runtime.errors import ArtifactError, RuntimeRefusal, require_whole
+from runtime.generation import Generation
+from runtime.kv_cache import KVCache
+from runtime.sampler import Sampler
+
+PREFILL_ROWS = 256  # rows a step: memory stays flat, and one read of the weights serves them all
+SCORE_ROWS = 64  # the same where each row's V logits are wanted
+
+
+class Engine:
+    """One model, ready to run. `load` makes it; it may serve one thread at a time."""
+
+    def __init__(
+        self, artifact: Artifact, tokenizer: Tokenizer, cache: KVCache, threads: int
+    ) -> None:
+        self.artifact = artifact
+        self.shape = artifact.shape
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.threads = threads
+        self.context = cache.context
+        self.kv_bits = cache.bits
+        self._module = artifact.open_library()
+        self._prefill = self._function(f"prefill_kv{cache.bits}")
+        self._decode = self._function(f"decode_kv{cache.bits}")
+        self._parameters = artifact.parameters()
+        tvm_runtime.use_threads(threads)
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path | str,
+        *,
+        kv_bits: int | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        slots: int = 1,
+        verify: bool = True,
+    ) -> "Engine":
+        """Open an artifact directory, check it in full and make room for `slots` sequences.
+
+        kv_bits: 16, 4 or 3; None is the artifact's default. threads: None is every usable CPU.
+        context: tokens a sequence may have, at most (and by default) the artifact's length.
+        verify: hash every file first. Raises `RuntimeRefusal`, for the directory `ArtifactError`.
+        """
+        cpus = host.usable_cpus()
+        threads = cpus if threads is None else require_whole("threads", threads, 1, cpus)
+        artifact = Artifact.open(directory, verify=verify)
+        bits = artifact.default_kv_bits if kv_bits is None else kv_bits
+        if bits not in artifact.kv_bits:
+            possible = ", ".join(map(str, artifact.kv_bits))
+            raise RuntimeRefusal(f"kv-bits: asked for {bits}; {artifact.path} has {possible}")
+        length = artifact.context_length
+        context = length if context is None else require_whole("context", context, 1, length)
+        shape = artifact.shape
+        cache = KVCache(shape.layers, slots, context, shape.kv_heads, shape.head_dim, bits)
+        return cls(artifact, _open_tokenizer(artifact), cache, threads)
+
+    def _function(self, name: str) -> Any:
+        function = tvm_runtime.function_or_none(self._module, name)
+        if function is None:
+            raise ArtifactError(f"artifact {self.artifact.path}: its library has no {name}")
+        return function
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, <bos> in front; refuses text that is empty or no Unicode."""
+        if not text:
+            raise RuntimeRefusal("prompt: it is empty; possible: at least one character")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RuntimeRefusal(
+                f"prompt: it is not valid UTF-8 at character {error.start}; possible: UTF-8 text"
+            ) from error
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [self.shape.bos_token_id, *ids]
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        seed: int | None = None,
+    ) -> Generation:
+        """Continue a prompt: an iterator over pieces of text (see `Generation`, `Sampler`).
+
+        A prompt of text gets <bos> in front; token ids are taken as they are. Stops at <eos>,
+        after `max_new_tokens`, or when the context is full. Refuses before it runs anything.
+        """
+        sampler = Sampler(temperature, top_k, top_p, seed)
+        require_whole("max-new-tokens", max_new_tokens, 1)
+        tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_sequence(tokens, 0)
+        return Generation(self, tokens, max_new_tokens, sampler)
+
+    def prefill(self, token_ids: Sequence[int], slot: int = 0, start: int = 0) -> np.ndarray:
+        """Append tokens to a slot from position `start` on; logits f32[V] of the last one."""
+        self._check_sequence(token_ids, start)
+        logits = np.empty(0, np.float32)
+        for begin in range(0, len(token_ids), PREFILL_ROWS):
+            chunk = token_ids[begin : begin + PREFILL_ROWS]
+            logits = self._append(chunk, slot, start + begin, [len(chunk) - 1])[0]
+        logits = logits.copy()  # its memory goes back with the rest
+        tvm_runtime.free_unused_memory()
+        return logits
+
+    def score(self, token_ids: Sequence[int], slot: int = 0) -> np.ndarray:
+        """Logits f32[N, V] of every position of a text, from position 0 on.
+
+        Row i tells what follows token i. N·V floats: `score_chunks` keeps fewer at a time.
+        """
+        return np.concatenate([logits for _, logits in self.score_chunks(token_ids, slot)])
+
+    def score_chunks(
+        self, token_ids: Sequence[int], slot: int = 0
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """`score` in pieces: (first position, logits f32[at most SCORE_ROWS, V])."""
+        self._check_sequence(token_ids, 0)
+        for begin in range(0, len(token_ids), SCORE_ROWS):
+            chunk = token_ids[begin : begin + SCORE_ROWS]
+            yield begin, self._append(chunk, slot, begin, range(len(chunk)))
+        tvm_runtime.free_unused_memory()
+
+    def decode(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
+    ) -> np.ndarray:
+        """One step of M rows: logits f32[M, V]. Rows of one slot rise in position."""
+        return self._call(self._decode, *self._check_rows(tokens, slots, positions))
+
+    def sparsity(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
+    ) -> np.ndarray | None:
+        """Share of zeros a decode step meets at o_proj and at down_proj, f32[layers, 2].
+
+        None where the artifact was built without `decode_sparsity_kv{bits}`. The step is run
+        like `decode`: it writes the cache.
+        """
+        name = f"decode_sparsity_kv{self.kv_bits}"
+        function = tvm_runtime.function_or_none(self._module, name)
+        if function is None:
+            return None
+        return self._call(function, *self._check_rows(tokens, slots, positions)).copy()
+
+    def _append(
+        self, tokens: Sequence[int], slot: int, start: int, rows: Sequence[int]
+    ) -> np.ndarray:
+        positions = range(start, start + len(tokens))
+        checked = self._check_rows(tokens, [slot] * len(tokens), positions)
+        return self._call(self._prefill, *checked, np.asarray(rows, np.int64))
+
+    def _call(self, function: Any, *arrays: np.ndarray) -> np.ndarray:
+        tvm_runtime.use_threads(self.threads)
+        arguments = (tvm_runtime.copy(array) for array in arrays)
+        return tvm_runtime.view(function(*arguments, self.cache.tensors, self._parameters))
+
+    def _check_sequence(self, token_ids: Sequence[int], start: int) -> None:
+        if len(token_ids) == 0:
+            raise RuntimeRefusal("prompt: it has no tokens; possible: at least one")
+        if start + len(token_ids) > self.context:
+            after = f" after {start} before it" if start else ""
+            raise RuntimeRefusal(
+                f"prompt: it has {len(token_ids)} tokens{after}; the context holds {self.context}"
+            )
+        _whole("token ids", token_ids, self.shape.vocab_size)
+
+    def _check_rows(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if not len(tokens) == len(slots) == len(positions) > 0:
+            raise RuntimeRefusal(
+                f"rows: {len(tokens)} tokens, {len(slots)} slots, {len(positions)} positions; "
+                "possible: as many of each, at least one"
+            )
+        checked = (
+            _whole("token ids", tokens, self.shape.vocab_size),
+            _whole("slots", slots, self.cache.slots),
+            _whole("positions", positions, self.context),
+        )
+        order = np.argsort(checked[1], kind="stable")
+        same_slot = np.diff(checked[1][order]) == 0
+        if np.any(np.diff(checked[2][order])[same_slot] <= 0):
+            raise RuntimeRefusal("positions: rows of one slot must rise in position within a step")
+        return checked
+
+
+def _whole(name: str, values: Sequence[int], limit: int) -> np.ndarray:
+    """`values` as i64[M], each in [0, limit)."""
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RuntimeRefusal(f"{name}: expected a flat sequence of whole numbers")
+    if array.min() < 0 or array.max() >= limit:
+        wrong = array[(array < 0) | (array >= limit)][0]
+        raise RuntimeRefusal(f"{name}: asked for {wrong}; possible: 0 to {limit - 1}")
+    return array.astype(np.int64)
+
+
+def _open_tokenizer(artifact: Artifact) -> Tokenizer:
+    path = artifact.path / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ArtifactError(f"artifact: {path} is no tokenizer: {error}") from error
+    found, limit = tokenizer.get_vocab_size(), artifact.shape.vocab_size
+    if found > limit:
+        raise ArtifactError(f"artifact: {path} has {found} tokens, the model {limit}")
+    return tokenizer

@@ -1,0 +1,164 @@
+"""An artifact opens without a copy, and whatever is wrong with one is refused in one line."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from fake_artifact import CONFIG, write_manifest
+
+from runtime import Artifact, ArtifactError, RuntimeRefusal, host, tvm_runtime
+
+
+def change(path, name, **values):
+    """Change fields of a JSON file."""
+    file = path / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def refusal(path) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        Artifact.open(path).open_library()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_opens(artifact):
+    opened = Artifact.open(artifact)
+    assert (opened.model, opened.target, opened.default_kv_bits) == ("fake", "generic", 3)
+    assert opened.kv_bits == (16, 4, 3) and opened.context_length == 64
+    assert opened.shape.head_dim == 8 and opened.shape.eos_token_ids == (1,)
+    assert list(opened.params) == ["unused", "norm"]
+    assert opened.params["unused"].tolist() == np.arange(15).reshape(3, 5).tolist()
+    assert opened.params_bytes == (artifact / "params.bin").stat().st_size
+
+
+def test_parameters_are_not_copied(artifact):
+    opened = Artifact.open(artifact)
+    for tensor, array in zip(opened.parameters(), opened.params.values(), strict=True):
+        assert tvm_runtime.view(tensor).ctypes.data == array.ctypes.data
+        assert array.ctypes.data % 4096 == 0
+
+
+def test_several_eos_tokens(own_artifact):
+    (own_artifact / "config.json").write_text(json.dumps(CONFIG | {"eos_token_id": [1, 7]}))
+    write_manifest(own_artifact)
+    assert Artifact.open(own_artifact).shape.eos_token_ids == (1, 7)
+
+
+def test_not_a_directory(artifact, tmp_path):
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    assert "is not a directory" in refusal(artifact / "model.so")
+
+
+def test_not_an_artifact(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    message = refusal(tmp_path)
+    assert "it has no artifact.json, it holds model.safetensors" in message
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+def test_other_format(own_artifact, version):
+    write_manifest(own_artifact, format=version)
+    assert f"format {version!r}, this runtime reads 1" in refusal(own_artifact)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\udc80"], ids=["empty", "cut", "list", "binary"])
+def test_manifest_is_not_json(own_artifact, text):
+    (own_artifact / "artifact.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert "artifact.json" in refusal(own_artifact)
+
+
+@pytest.mark.parametrize("field", ["model", "kv_bits", "context_length", "library", "tensors"])
+def test_missing_field(own_artifact, field):
+    write_manifest(own_artifact, **{field: None})
+    assert f"needs {field!r}" in refusal(own_artifact)
+
+
+def test_built_for_another_device(own_artifact):
+    write_manifest(own_artifact, record={"tvm_target": {"kind": "cuda"}})
+    assert "'cuda'; this runtime runs CPU artifacts" in refusal(own_artifact)
+
+
+def test_missing_cpu_flag(own_artifact, monkeypatch):
+    write_manifest(own_artifact, cpu_flags=["avx2", "avx9000"], target="x86-avx9000")
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"avx2"}))
+    message = refusal(own_artifact)
+    assert "'x86-avx9000' needs the CPU flags avx9000, which" in message
+
+
+def test_cpu_flags_by_their_compiler_names(monkeypatch):
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"asimd", "asimddp", "i8mm"}))
+    assert host.missing_cpu_flags(["neon", "dotprod", "asimddp", "i8mm", "sve"]) == ["sve"]
+    monkeypatch.setattr(host, "cpu_flags", lambda: None)
+    assert host.missing_cpu_flags(["sve"]) == []
+
+
+@pytest.mark.parametrize("name", ["params.bin", "model.so"])
+def test_truncated(own_artifact, name):
+    file = own_artifact / name
+    file.write_bytes(file.read_bytes()[:-1])
+    assert re.search(rf"{name} has \d+ bytes, artifact.json says \d+", refusal(own_artifact))
+
+
+@pytest.mark.parametrize("name", ["params.bin", "model.so", "config.json", "tokenizer.json"])
+def test_damaged(own_artifact, name):
+    file = own_artifact / name
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    message = refusal(own_artifact)
+    assert re.search(rf"{name}.* is damaged: sha256 \w{{12}}, artifact.json says", message)
+    if name == "params.bin":
+        assert "params.bin from byte 4096" in message  # the second of its chunks
+
+
+@pytest.mark.parametrize("name", ["params.bin", "model.so", "config.json"])
+def test_missing_file(own_artifact, name):
+    (own_artifact / name).unlink()
+    assert f"cannot read {name}: No such file" in refusal(own_artifact)
+
+
+@pytest.mark.parametrize(
+    "entry, expected",
+    [
+        ({"dtype": "complex64"}, "possible: int8"),
+        ({"offset": 4097}, "offsets are multiples of 4096"),
+        ({"offset": 1 << 40}, "does not fit"),
+        ({"shape": [259]}, "does not fit"),
+        ({"shape": None}, "bad tensor"),
+        ({"bytes": -4, "shape": [-1]}, "does not fit"),
+    ],
+)
+def test_bad_tensor(own_artifact, entry, expected):
+    tensors = json.loads((own_artifact / "tensors.json").read_text())
+    write_manifest(own_artifact, tensors=[tensors[0], tensors[1] | entry])
+    assert expected in refusal(own_artifact)
+
+
+def test_wrong_number_of_hashes(own_artifact):
+    manifest = json.loads((own_artifact / "artifact.json").read_text())
+    write_manifest(own_artifact, params=manifest["params"] | {"sha256": []})
+    assert "0 hashes of params for 2 chunks" in refusal(own_artifact)
+
+
+def test_not_a_library(own_artifact):
+    (own_artifact / "model.so").write_bytes(b"\x7fELF but not for long")
+    write_manifest(own_artifact)
+    assert "cannot load" in refusal(own_artifact)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "bos_token_id", "num_hidden_layers"])
+def test_config_lacks_a_size(own_artifact, name):
+    config = {key: value for key, value in CONFIG.items() if key != name}
+    (own_artifact / "config.json").write_text(json.dumps(config))
+    write_manifest(own_artifact)
+    assert f"config.json needs {name}" in refusal(own_artifact)
+
+
+def test_unverified_still_checks_sizes(own_artifact):
+    change(own_artifact, "artifact.json", files={"config.json": "0"})
+    Artifact.open(own_artifact, verify=False)
+    (own_artifact / "params.bin").write_bytes(b"")
+    with pytest.raises(RuntimeRefusal, match="0 bytes"):
+        Artifact.open(own_artifact, verify=False)
