@@ -1,5 +1,7 @@
 """The dialect `R.bitnet.*`: importing this package registers every operator."""
 
+from tvm import relax
+
 from compiler.op import OpDef
 from compiler.ops.attention import attention
 from compiler.ops.embedding import embedding
@@ -32,3 +34,9 @@ OPS: dict[str, OpDef] = {
         attention,
     )
 }
+
+
+def find_op(call: relax.Call) -> OpDef | None:
+    """The dialect operator that is called, if it is one."""
+    prefix, _, name = getattr(call.op, "name", "").rpartition(".")
+    return OPS[name] if prefix == "relax.bitnet" else None
