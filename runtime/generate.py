@@ -96,7 +96,8 @@ def show(facts: dict[str, Any]) -> str:
     """The block on stderr."""
     memory = {name: host.show_bytes(size) for name, size in facts["memory"].items()}
     lines = [
-        f"model    {facts['model']} for {facts['target']}, {facts['threads']} threads",
+        f"model    {facts['model']} for {facts['target']}, "
+        f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}",
         *(
             f"{step:8} {facts[step]['tokens']} tokens, {facts[step]['tokens_per_second']:.1f} "
             "tokens/s"
