@@ -6,7 +6,7 @@ import tvm
 
 from schedules.targets import TARGETS, TargetSpec, host_flags
 
-ROWS = (1, 2, 5, 33, 128)  # decode, and prefills that no tile divides
+ROWS = (0, 1, 2, 5, 33, 128)  # none, decode, and prefills that no tile divides
 EVERY_TARGET = [
     pytest.param(
         spec,

@@ -1,0 +1,1 @@
+"""embedding: the token table, int8 rows with a scale each."""

@@ -1,0 +1,74 @@
+"""rope on any CPU: rotate_half of every query and key head, the values copied.
+
+    for m in M:                          parallel when M > 1
+        for h in Hq + Hkv:
+            y[h, :D/2] = x1 * cos - x2 * sin     x1, x2: halves of the head; products and sum in
+            y[h, D/2:] = x2 * cos + x1 * sin     float64, rounded once
+        y[values] = x[values]
+
+    tile | value     | bound by
+    L    | lanes(32) | one float32 vector, two of float64: 12 in flight for the six operands
+
+Products of float32 are exact in float64, so an FMA gives the same bits.
+Measured: not yet.
+"""
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from schedules.intrin.vector import each
+from schedules.targets import TargetSpec
+
+
+def kernel(
+    num_heads: int, num_kv_heads: int, head_dim: int, max_positions: int, target: TargetSpec
+) -> PrimFunc:
+    assert head_dim % 8 == 0, f"rope: head_dim {head_dim} is no multiple of 8"
+    half, lanes = head_dim // 2, target.lanes(32)
+    rotated = num_heads + num_kv_heads
+    width = (rotated + num_kv_heads) * head_dim
+
+    @T.inline
+    def rotate_head(qkv, cos, sin, positions, y, m, start):
+        @T.inline
+        def rotate(i, j):
+            low: T.let = T.cast(qkv[m, start + i], "float64")
+            high: T.let = T.cast(qkv[m, start + half + i], "float64")
+            c: T.let = T.cast(cos[positions[m], i], "float64")
+            s: T.let = T.cast(sin[positions[m], i], "float64")
+            y[m, start + i] = T.cast(low * c - high * s, "float32")
+            y[m, start + half + i] = T.cast(high * c + low * s, "float32")
+
+        each(half, lanes, rotate)
+
+    @T.inline
+    def rope_row(qkv, cos, sin, positions, y, m):
+        @T.inline
+        def copy(i, j):
+            y[m, i] = qkv[m, i]
+
+        for h in T.serial(rotated):
+            rotate_head(qkv, cos, sin, positions, y, m, h * head_dim)
+        each(width, lanes, copy, start=rotated * head_dim)
+
+    @T.prim_func(s_tir=True)
+    def rope(
+        qkv_: T.handle,
+        cos: T.Buffer((max_positions, half), "float32"),
+        sin: T.Buffer((max_positions, half), "float32"),
+        positions_: T.handle,
+        y_: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        rows = T.int64()
+        qkv = T.match_buffer(qkv_, (rows, width), "float32")
+        positions = T.match_buffer(positions_, (rows,), "int64")
+        y = T.match_buffer(y_, (rows, width), "float32")
+        with T.sblock("root"):
+            if rows == 1:
+                rope_row(qkv, cos, sin, positions, y, 0)
+            else:
+                for m in T.parallel(rows):
+                    rope_row(qkv, cos, sin, positions, y, m)
+
+    return rope
