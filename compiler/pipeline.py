@@ -1,16 +1,20 @@
 """The pipeline: the flat list of passes from the exported module to the virtual machine's."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import tvm
-from tvm.relax import transform
 from tvm.ir.transform import Pass
+from tvm.relax import transform
+from tvm.support import cc
 
+from compiler.config import BuildError
 from compiler.passes.dump_ir import dump_ir
 from compiler.passes.pack_weights import pack_weights
 from compiler.passes.schedule_stock_ops import schedule_stock_ops
 from compiler.passes.specialize_kv_cache import specialize_kv_cache
+from schedules.targets import TargetSpec
 
 
 def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[Pass]:
@@ -51,6 +55,19 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
     ]
 
 
-def lower(mod: tvm.IRModule, kv_bits: Sequence[int], dump_directory: Path | None = None):
+def lower(
+    mod: tvm.IRModule, kv_bits: Sequence[int], dump_directory: Path | None = None
+) -> tvm.IRModule:
+    """All passes, for the target in force."""
     with tvm.transform.PassContext(opt_level=3):
         return tvm.transform.Sequential(passes(kv_bits, dump_directory))(mod)
+
+
+def compile_library(lowered: tvm.IRModule, target: TargetSpec, path: Path, linker: str) -> None:
+    """Generate machine code for the kernels and the virtual machine's code, and link both."""
+    executable = tvm.compile(lowered, target.to_tvm(), relax_pipeline=None)
+    try:
+        executable.export_library(str(path), fcompile=partial(cc.create_shared, cc=linker))
+    except RuntimeError as error:
+        reason = [line for line in str(error).splitlines() if "error" in line.lower()]
+        raise BuildError(f"linker: {linker} failed: {(reason or [str(error)])[-1]}") from error

@@ -22,7 +22,7 @@ def rebuild(
     param_types: Mapping[str, tvm.ir.Type],
     rewrite_call: Callable[[relax.Call], relax.Call] = lambda call: call,
 ) -> relax.Function:
-    """`param_types` by parameter name; `rewrite_call` sees every call before its arguments change."""
+    """`param_types` by parameter name; `rewrite_call` sees a call before its arguments change."""
     rebuilder = _Rebuilder(rewrite_call)
     params = []
     for old in func.params:

@@ -1,15 +1,15 @@
 """attention: every query row against the cache of its slot, up to its own position.
 
-    p = softmax over t <= positions[m] of (q[m, h] . k[t]) / sqrt(D)        float32, in any order
-    y[m, h] = sum_t p[t] v[t]          h reads key and value head h // (Hq / Hkv) of slot slots[m]
+p = softmax over t <= positions[m] of (q[m, h] . k[t]) / sqrt(D)        float32, in any order
+y[m, h] = sum_t p[t] v[t]          h reads key and value head h // (Hq / Hkv) of slot slots[m]
 
-    tensor    | shape            | dtype   | meaning
-    qkv       | (M, (Hq+2Hkv) D) | f32     | after rope; only the query heads are read
-    codes     | (S, Hkv, 2, B)   | u8, f16 | the cache, this step's rows included
-    scales    | (S, Hkv, 2, T)   | f16     |
-    slots     | (M,)             | i64     | 0 <= slot < S
-    positions | (M,)             | i64     | 0 <= position < T
-    y         | (M, Hq D)        | f32     |
+tensor    | shape            | dtype   | meaning
+qkv       | (M, (Hq+2Hkv) D) | f32     | after rope; only the query heads are read
+codes     | (S, Hkv, 2, B)   | u8, f16 | the cache, this step's rows included
+scales    | (S, Hkv, 2, T)   | f16     |
+slots     | (M,)             | i64     | 0 <= slot < S
+positions | (M,)             | i64     | 0 <= position < T
+y         | (M, Hq D)        | f32     |
 """
 
 from compiler.op import OpDef, Statics

@@ -1,12 +1,12 @@
 """embedding: rows of an INT8 table.
 
-    y[m, k] = table[tokens[m], k] * table_scale[tokens[m]]        float32
+y[m, k] = table[tokens[m], k] * table_scale[tokens[m]]        float32
 
-    tensor      | shape  | dtype | meaning
-    tokens      | (M,)   | i64   | 0 <= token < V
-    table       | (V, K) | int8  |
-    table_scale | (V,)   | f32   | one a token
-    y           | (M, K) | f32   |
+tensor      | shape  | dtype | meaning
+tokens      | (M,)   | i64   | 0 <= token < V
+table       | (V, K) | int8  |
+table_scale | (V,)   | f32   | one a token
+y           | (M, K) | f32   |
 """
 
 from compiler.op import OpDef

@@ -1,11 +1,11 @@
 """float_matmul: a linear layer of the float baseline.
 
-    y[m, n] = sum_k x[m, k] w[n, k]        float32, in any order
+y[m, n] = sum_k x[m, k] w[n, k]        float32, in any order
 
-    tensor | shape  | dtype | meaning
-    x      | (M, K) | f32   |
-    w      | (N, K) | f16   | widened before the product
-    y      | (M, N) | f32   |
+tensor | shape  | dtype | meaning
+x      | (M, K) | f32   |
+w      | (N, K) | f16   | widened before the product
+y      | (M, N) | f32   |
 """
 
 from compiler.op import OpDef

@@ -18,13 +18,13 @@ def code_dtype(kv_bits: int) -> str:
     return "float16" if kv_bits == 16 else "uint8"
 
 
-def supports(kv_bits: int, d: int) -> bool:
-    """Whether a head of size d fills whole bytes; 3-bit rows have 3d/8 of them."""
-    return d % 8 == 0 if kv_bits == 3 else d % 2 == 0
+def possible_kv_bits(d: int) -> list[int]:
+    """Heads of size d are packed only into whole bytes: 3-bit rows have 3d/8 of them."""
+    return [bits for bits in KV_BITS if bits == 16 or d % 8 == 0]
 
 
 def head_dim(match: Match, statics: Statics) -> int:
-    """D, a letter from here on, from the width of qkv, heads being counted by the static arguments."""
+    """D, a letter from here on: the width of qkv by the number of heads."""
     heads, kv_heads = int(statics["num_heads"]), int(statics["num_kv_heads"])
     if heads % kv_heads:
         match.refuse(f"num_heads is {heads}, expected a multiple of num_kv_heads = {kv_heads}")
@@ -41,8 +41,8 @@ def head_dim(match: Match, statics: Statics) -> int:
 def check_cache(match: Match, statics: Statics) -> None:
     """The cache's dtype and head count against kv_bits and num_kv_heads."""
     d, kv_bits = head_dim(match, statics), int(statics["kv_bits"])
-    if not supports(kv_bits, d):
-        match.refuse(f"kv_bits is {kv_bits}, possible for a head of {d}: 16, 4")
+    if kv_bits not in possible_kv_bits(d):
+        match.refuse(f"kv_bits is {kv_bits}, possible for a head of {d}: 16")
     codes = match.types["codes"]
     if str(codes.dtype) != code_dtype(kv_bits):
         match.refuse(

@@ -23,7 +23,6 @@ from compiler.op import OpDef
 from compiler.signature import parse
 
 
-
 def define(name: str, quantizer: str | None) -> OpDef:
     return OpDef(
         name=name,

@@ -1,16 +1,16 @@
 """rms_norm_topk_int8: norm, TopK mask, INT8 absmax, and the list of what is not zero.
 
-    h = rms_norm(x);  gamma = max(max |h|, 1e-5) of the whole row
-    q = clamp(rint(h * (127 / gamma)), -128, 127) for the k largest |h|, ties to the lower index,
-        else 0;  scale = gamma / 127
+h = rms_norm(x);  gamma = max(max |h|, 1e-5) of the whole row
+q = clamp(rint(h * (127 / gamma)), -128, 127) for the k largest |h|, ties to the lower index,
+    else 0;  scale = gamma / 127
 
-    tensor | shape  | dtype | meaning
-    x      | (M, K) | f32   |
-    gain   | (K,)   | f32   |
-    q      | (M, K) | int8  | dense
-    scale  | (M,)   | f32   |
-    index  | (M, K) | i32   | columns of non-zero q, rising; unspecified from count[m] on
-    count  | (M,)   | i32   | how many they are, at most k
+tensor | shape  | dtype | meaning
+x      | (M, K) | f32   |
+gain   | (K,)   | f32   |
+q      | (M, K) | int8  | dense
+scale  | (M,)   | f32   |
+index  | (M, K) | i32   | columns of non-zero q, rising; unspecified from count[m] on
+count  | (M,)   | i32   | how many they are, at most k
 """
 
 from compiler.op import OpDef, Statics

@@ -1,13 +1,13 @@
 """rope: rotary embedding of the query and key heads; the value heads are copied.
 
-    x1' = float32(x1 cos - x2 sin)      x1, x2: the halves of a head of size D
-    x2' = float32(x2 cos + x1 sin)      products and sums in float64
+x1' = float32(x1 cos - x2 sin)      x1, x2: the halves of a head of size D
+x2' = float32(x2 cos + x1 sin)      products and sums in float64
 
-    tensor    | shape            | dtype | meaning
-    qkv       | (M, (Hq+2Hkv) D) | f32   | query heads, key heads, value heads
-    cos, sin  | (P, D/2)         | f32   | one row a position
-    positions | (M,)             | i64   | 0 <= position < P
-    y         | like qkv         | f32   |
+tensor    | shape            | dtype | meaning
+qkv       | (M, (Hq+2Hkv) D) | f32   | query heads, key heads, value heads
+cos, sin  | (P, D/2)         | f32   | one row a position
+positions | (M,)             | i64   | 0 <= position < P
+y         | like qkv         | f32   |
 """
 
 from compiler.op import OpDef, Statics

@@ -1,0 +1,18 @@
+"""BuildConfig: what is asked of one build."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_MODEL = "novels-42m"
+
+
+class BuildError(ValueError):
+    """A build that cannot be done; the message is one line: asked, found, possible."""
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    model: str = DEFAULT_MODEL  # a shipped model's name, or a checkpoint directory
+    target: str = "native"  # a row of schedules/targets.py, or native
+    output: Path | None = None  # default: dist/<model>-<target>
+    debug_dump: Path | None = None  # where the IR between phases is written
