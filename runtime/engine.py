@@ -27,11 +27,11 @@ class Engine:
     """One model, ready to run. `load` makes it; it may serve one thread at a time."""
 
     def __init__(
-        self, artifact: Artifact, tokenizer: Tokenizer, cache: KVCache, threads: int
+        self, artifact: Artifact, tokenizer: Tokenizer | None, cache: KVCache, threads: int
     ) -> None:
         self.artifact = artifact
         self.shape = artifact.shape
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.cache = cache
         self.threads = threads
         self.context = cache.context
@@ -77,6 +77,16 @@ class Engine:
         if function is None:
             raise ArtifactError(f"artifact {self.artifact.path}: its library has no {name}")
         return function
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's; refuses where it was built from a checkpoint without one."""
+        if self._tokenizer is None:
+            raise ArtifactError(
+                f"artifact {self.artifact.path}: asked for text, it has no tokenizer.json; "
+                "possible: put one into the checkpoint and build again, or run runtime.bench"
+            )
+        return self._tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, <bos> in front; refuses text that is empty or no Unicode."""
@@ -213,8 +223,10 @@ def _whole(name: str, values: Sequence[int], limit: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _open_tokenizer(artifact: Artifact) -> Tokenizer:
+def _open_tokenizer(artifact: Artifact) -> Tokenizer | None:
     path = artifact.path / "tokenizer.json"
+    if path.name not in artifact.manifest["files"]:
+        return None
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself

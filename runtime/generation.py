@@ -33,8 +33,9 @@ class Generation(Iterator[str]):
         self.decode_steps = 0
         self._engine = engine
         self._limit = max_new_tokens
-        self._slot: int | None = None
+        self._tokenizer = engine.tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._slot: int | None = None
 
     def __next__(self) -> str:
         while self.finish is None:
@@ -47,7 +48,7 @@ class Generation(Iterator[str]):
                 self.finish = "length"
             elif len(self.prompt) + len(self.tokens) > self._engine.context:
                 self.finish = "context"
-            if piece := self._stream.step(self._engine.tokenizer, token):
+            if piece := self._stream.step(self._tokenizer, token):
                 return piece
         self.close()
         raise StopIteration

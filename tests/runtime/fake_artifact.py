@@ -72,7 +72,11 @@ def write_manifest(directory: Path, **changes) -> None:
             "sha256": [hashlib.sha256(chunk).hexdigest() for chunk in chunks],
         },
         "tensors": json.loads((directory / "tensors.json").read_text()),
-        "files": {name: sha256(directory / name) for name in ("config.json", "tokenizer.json")},
+        "files": {
+            name: sha256(directory / name)
+            for name in ("config.json", "tokenizer.json")
+            if (directory / name).exists()
+        },
         "record": {"tvm_target": {"kind": "llvm"}},
     }  # fmt: skip
     manifest = {name: value for name, value in (manifest | changes).items() if value is not None}

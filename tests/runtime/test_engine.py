@@ -4,6 +4,7 @@ import gc
 
 import numpy as np
 import pytest
+from fake_artifact import write_manifest
 from fake_model import CONTEXT, PEAK, V
 
 from runtime import Engine, RuntimeRefusal, host, tvm_runtime
@@ -126,6 +127,15 @@ def test_context_can_be_shorter(artifact):
     assert engine.cache.nbytes() < Engine.load(artifact, threads=1).cache.nbytes()
     with pytest.raises(RuntimeRefusal, match="it has 9 tokens; the context holds 8"):
         engine.generate("a" * 8)
+
+
+def test_without_a_tokenizer(own_artifact):
+    (own_artifact / "tokenizer.json").unlink()
+    write_manifest(own_artifact)
+    engine = Engine.load(own_artifact, threads=1)
+    assert int(engine.prefill([0, 5]).argmax()) == follows(5)
+    with pytest.raises(RuntimeRefusal, match=r"it has no tokenizer\.json; possible"):
+        engine.generate([0, 5])
 
 
 @pytest.mark.parametrize(
