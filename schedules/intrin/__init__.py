@@ -1,1 +1,1 @@
-"""Pieces that several kernels inline: loops over vectors, rounding, half floats, exp."""
+"""Instructions as TVMScript expressions: what each computes beside how it is spelt."""

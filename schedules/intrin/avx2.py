@@ -1,0 +1,84 @@
+"""AVX2 instructions used from TVMScript, one function each; vectors are 32 bytes unless a name says half.
+
+`a[x]` below is lane x. A "128-bit lane" is one of the two halves of a register, which most of AVX2
+treats apart. https://www.intel.com/content/www/us/en/docs/intrinsics-guide
+"""
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+
+def load(buffer, *index: Expr | int, lanes: int) -> Expr:
+    """`lanes` elements from `index` on; aligned only as far as the index is seen to be."""
+    last = index[-1] if lanes == 1 else T.ramp(index[-1], 1, lanes)
+    return buffer[(*index[:-1], last)]
+
+
+def store(buffer, *index: Expr | int, value: Expr, lanes: int) -> None:
+    T.buffer_store(buffer, value, [*index[:-1], T.ramp(index[-1], 1, lanes)])
+
+
+def add(buffer, *index: Expr | int, value: Expr, lanes: int) -> None:
+    store(buffer, *index, value=load(buffer, *index, lanes=lanes) + value, lanes=lanes)
+
+
+def clear(buffer, count: int, dtype: str, lanes: int) -> None:
+    """buffer[:count, :lanes] = 0, unrolled."""
+    for i in range(count):
+        store(buffer, i, 0, value=T.broadcast(T.cast(T.int32(0), dtype), lanes), lanes=lanes)
+
+
+def constant(dtype: str, values: list[int]) -> Expr:
+    """A vector of constants."""
+    return T.Shuffle([T.cast(T.int32(v), dtype) for v in values], list(range(len(values))))
+
+
+def lookup(table: Expr, index: Expr) -> Expr:
+    """vpshufb: out[j] = table[index[j]], table of 16 bytes for both lanes, index[j] < 16."""
+    both = T.vectorcombine("uint8x32", table, table)
+    return T.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", both, index)
+
+
+def low_nibbles(bytes_: Expr) -> Expr:
+    return bytes_ & T.broadcast(T.uint8(15), 32)
+
+
+def high_nibbles(bytes_: Expr) -> Expr:
+    return low_nibbles(shift_bytes_right(bytes_, 4))
+
+
+def shift_bytes_right(bytes_: Expr, bits: int) -> Expr:
+    """vpsrlw: there is no shift of bytes, so bits of the byte above enter; mask them off."""
+    pairs = T.reinterpret("uint16x16", bytes_)
+    return T.reinterpret("uint8x32", T.shift_right(pairs, T.broadcast(T.uint16(bits), 16)))
+
+
+def sign_half(a: Expr, b: Expr) -> Expr:
+    """vpsignb on 16 bytes: a, 0 or -a as b is positive, zero or negative."""
+    return T.call_llvm_pure_intrin("int8x16", "llvm.x86.ssse3.psign.b.128", a, b)
+
+
+def multiply_add_bytes(unsigned: Expr, signed: Expr) -> Expr:
+    """vpmaddubsw: int16 out[j] = u[2j] * s[2j] + u[2j+1] * s[2j+1], saturating; codes to 2 stay below 513."""
+    return T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", unsigned, signed)
+
+
+def multiply_add_words(a: Expr, b: Expr) -> Expr:
+    """vpmaddwd: int32 out[j] = a[2j] * b[2j] + a[2j+1] * b[2j+1]."""
+    return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
+
+
+def interleave_low(a: Expr, b: Expr, lanes: int) -> Expr:
+    """vpunpckl: a[0], b[0], a[1], b[1], ... of the lower half of each 128-bit lane."""
+    return _interleave(a, b, lanes, 0)
+
+
+def interleave_high(a: Expr, b: Expr, lanes: int) -> Expr:
+    """vpunpckh: the same of the upper half of each 128-bit lane."""
+    return _interleave(a, b, lanes, lanes // 4)
+
+
+def _interleave(a: Expr, b: Expr, lanes: int, first: int) -> Expr:
+    quarter, half = lanes // 4, lanes // 2
+    starts = [lane + first + j for lane in (0, half) for j in range(quarter)]
+    return T.Shuffle([a, b], [i for s in starts for i in (s, lanes + s)])
