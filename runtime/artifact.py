@@ -118,7 +118,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         what = "is not a directory" if path.exists() else "does not exist"
         raise ArtifactError(f"artifact: asked for {path}, which {what}")
     if not (path / MANIFEST).is_file():
-        files = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+        try:
+            files = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+        except OSError as error:
+            raise ArtifactError(f"artifact: cannot read {path}: {error.strerror}") from error
         raise ArtifactError(
             f"artifact: {path} is not an artifact: it has no {MANIFEST}, it holds {files}; "
             "possible: a directory written by python -m compiler.build"

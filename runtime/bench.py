@@ -200,9 +200,9 @@ def bench(options: argparse.Namespace) -> None:
                     measure(engine, kind, size, repetitions, lambda n: bar.advance(task, n))
                 )
     write(rows, options.output)
-    for row in rows:
-        if row.test.startswith("tg"):
-            print(show_sparsity(row), file=sys.stderr)
+    # Two numbers of threads meet the same zeros: say it once.
+    for line in dict.fromkeys(show_sparsity(row) for row in rows if row.test.startswith("tg")):
+        print(line, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,18 +23,28 @@ def run(command: str, body: Callable[[], None]) -> int:
         body()
         sys.stdout.flush()
     except RuntimeRefusal as refusal:
-        line = " ".join(str(refusal).split())
-        # An argument that is not UTF-8 holds surrogates, which cannot be printed as they are.
-        line = line.encode("utf-8", "backslashreplace").decode("utf-8")
-        print(f"{command}: error: {line}", file=sys.stderr)
-        return REFUSED
+        return _refuse(command, str(refusal))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return PIPE_CLOSED
+    except OSError as error:  # reading is checked where it is done: stdout is left
+        _discard_stdout()
+        return _refuse(command, f"cannot write the output: {error.strerror or error}")
     return 0
+
+
+def _refuse(command: str, problem: str) -> int:
+    # An argument that is not UTF-8 holds surrogates, which cannot be printed as they are.
+    line = " ".join(problem.split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    print(f"{command}: error: {line}", file=sys.stderr)
+    return REFUSED
+
+
+def _discard_stdout() -> None:
+    """The interpreter flushes stdout once more at exit: give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, several_threads: bool = False) -> None:

@@ -205,6 +205,8 @@ class Engine:
             _whole("slots", slots, self.cache.slots),
             _whole("positions", positions, self.context),
         )
+        if len(tokens) == 1:
+            return checked
         order = np.argsort(checked[1], kind="stable")
         same_slot = np.diff(checked[1][order]) == 0
         if np.any(np.diff(checked[2][order])[same_slot] <= 0):

@@ -57,7 +57,7 @@ class Sampler:
         return int(tokens[min(int(drawn), len(tokens) - 1)])
 
     def candidates(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens i64[C], probabilities f64[C]) that may be drawn, likeliest first, sum 1."""
+        """(tokens i64[C], probabilities f64[C]) that may be drawn; the latter sum to 1."""
         tokens = self._likeliest(logits)
         # Subtracting first keeps a tiny temperature from overflowing: every exponent is <= 0.
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -65,15 +65,14 @@ class Sampler:
             exponent = np.where(gap == 0, 0.0, gap / max(self.temperature, 1e-300))
         p = np.exp(exponent)
         p /= p.sum()
-        if self.top_p < 1:
-            # A token below this share is outside the nucleus: all of them sum to < 1 - top_p.
-            kept = p * len(p) >= 1 - self.top_p
-            tokens, p = tokens[kept], p[kept]
-        order = np.lexsort((tokens, -p))
-        tokens, p = tokens[order], p[order]
-        if self.top_p < 1:
-            size = int(np.searchsorted(np.cumsum(p), self.top_p)) + 1
-            tokens, p = tokens[:size], p[:size]
+        if self.top_p == 1:
+            return tokens, p
+        # A token below this share is outside the nucleus: all of them sum to < 1 - top_p.
+        kept = p * len(p) >= 1 - self.top_p
+        tokens, p = tokens[kept], p[kept]
+        order = np.argsort(-p, kind="stable")
+        size = int(np.searchsorted(np.cumsum(p[order]), self.top_p)) + 1
+        tokens, p = tokens[order[:size]], p[order[:size]]
         return tokens, p / p.sum()
 
     def _likeliest(self, logits: np.ndarray) -> np.ndarray:

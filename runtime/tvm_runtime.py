@@ -118,8 +118,12 @@ def share(array: np.ndarray) -> Any:
 
 
 def copy(array: np.ndarray) -> Any:
-    """A TVM tensor with a copy of the array."""
-    return load().runtime.tensor(array)
+    """A TVM tensor with a copy of the array; `runtime.tensor` takes five times as long."""
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    aligned = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    return load().runtime.from_dlpack(aligned)
 
 
 def group(tensors: Iterable[Any]) -> Any:

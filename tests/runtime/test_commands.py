@@ -200,6 +200,16 @@ def test_closed_pipe_is_quiet(artifact):
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
+def test_full_disk_is_refused(artifact):
+    command = [sys.executable, "-m", GENERATE, str(artifact), "--prompt", "abc", *GREEDY]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == b"runtime.generate: error: cannot write the output: " + (
+        b"No space left on device\n"
+    )
+
+
 def test_neither_torch_nor_the_compiler_is_loaded(artifact):
     """Read from the process's maps after a whole run; importing the package loads nothing."""
     code = f"""
