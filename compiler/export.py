@@ -3,8 +3,8 @@
     prefill(tokens i64[m], slots i64[m], positions i64[m], rows i64[r], caches, params) -> f32[r, V]
     decode (tokens i64[m], slots i64[m], positions i64[m],              caches, params) -> f32[m, V]
 
-`caches` and `params` are tuples; m, r, slots s, positions t and the size b of a cache's last axis
-are symbols. Tensors stay on torch's meta device: exporting a 2B model reads and holds no weights.
+`caches` and `params` are tuples; m, r, slots s and the size b of a cache's last axis are symbols.
+Tensors stay on torch's meta device: exporting a 2B model reads and holds no weights.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from compiler.passes.bundle_inputs import bundle_inputs
 from model.config import ModelConfig
 from model.integer import Decode, IntegerModel, Prefill
 
-EXPORT_KV_BITS = 4  # SpecializeKVCache makes the other ones
+EXPORT_KV_BITS = 16  # possible for every head size; SpecializeKVCache makes the other ones
 FIRST = ("embed.table", "embed.scale", "head.table", "head.scale", "rope.cos", "rope.sin")
 LAYER = (
     *("attn_norm", "qkv.w", "qkv.scale", "attn_sub_norm", "o.w", "o.scale"),
@@ -83,7 +83,7 @@ def export_model(config: ModelConfig) -> tvm.IRModule:
 
 def trace(step: Prefill | Decode, input_names: tuple[str, ...]) -> ExportedProgram:
     """torch.export over meta tensors, flat: inputs, then caches, then parameters."""
-    rows, wanted, slots, context, size = (Dim(name) for name in ("m", "r", "s", "t", "b"))
+    rows, wanted, slots, size = (Dim(name) for name in ("m", "r", "s", "b"))
     params = _in_order(step.model)
     with torch.device("meta"):
         inputs = [
@@ -93,7 +93,7 @@ def trace(step: Prefill | Decode, input_names: tuple[str, ...]) -> ExportedProgr
         caches = step.model.empty_caches(EXPORT_KV_BITS, SLOTS, CONTEXT)
     shapes = (
         [{0: wanted if name == "rows" else rows} for name in input_names],
-        [{0: slots, 3: context if i % 2 else size} for i in range(len(caches))],
+        [{0: slots} if i % 2 else {0: slots, 3: size} for i in range(len(caches))],
         [None] * len(params),
     )
     arguments = (inputs, caches, list(params.values()))
@@ -103,11 +103,12 @@ def trace(step: Prefill | Decode, input_names: tuple[str, ...]) -> ExportedProgr
 
 def import_program(program: ExportedProgram) -> tvm.IRModule:
     """The exported graph in Relax: `bitnet::<op>` one to one, the few others by TVM's importer."""
+    converters = {f"{name}.default": _converter(op) for name, op in OPS.items()}
     return from_exported_program(
         program,
         unwrap_unit_return_tuple=True,
         run_ep_decomposition=False,  # it would trace the graph once more and change nothing here
-        custom_convert_map={f"{name}.default": _converter(op) for name, op in OPS.items()},
+        custom_convert_map=converters | {"index.Tensor": _convert_index},
     )
 
 
@@ -120,3 +121,10 @@ def _converter(op: OpDef) -> Callable[[Node, object], relax.Var]:
         return importer.block_builder.emit(op(*args), op.name)
 
     return convert
+
+
+def _convert_index(node: Node, importer) -> relax.Var:
+    """x[rows]. The importer's own gather reads out of bounds where an index is."""
+    x, (rows,) = node.args
+    gather = relax.op.take(importer.env[x], importer.env[rows], axis=0, mode="clip")
+    return importer.block_builder.emit(gather)

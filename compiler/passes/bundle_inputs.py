@@ -3,7 +3,7 @@
     main(tokens, slots, ..., caches_0, ..., params_0, ...)  ->  main(tokens, ..., caches, params)
 
 Fields are bound to variables of their own names, and torch's symbols get those of the
-architecture page: m rows, r wanted rows, s slots, t positions, b the last axis of the codes.
+architecture page: m rows, r wanted rows, s slots, b the last axis of the codes.
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,6 @@ def rename_symbols(func: relax.Function, num_inputs: int, num_caches: int) -> re
     if num_inputs > 3:
         found["r"] = shapes[3][0]
     if num_caches:
-        codes, scales = shapes[num_inputs : num_inputs + 2]
-        found |= {"s": codes[0], "b": codes[3], "t": scales[3]}
+        codes = shapes[num_inputs]
+        found |= {"s": codes[0], "b": codes[3]}
     return func.bind_symbolic_vars({old: tirx.Var(name, "int64") for name, old in found.items()})

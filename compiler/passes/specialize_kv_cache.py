@@ -2,13 +2,14 @@
 
     prefill, decode at EXPORT_KV_BITS  ->  prefill_kv16, prefill_kv4, prefill_kv3, decode_kv16, ...
 
-A copy differs in the static argument `kv_bits` of its dialect calls and in the type of `caches`.
+A copy differs in the static argument `kv_bits` of its dialect calls and in the type of `caches`,
+where the symbol t stands for the positions that have scales.
 """
 
 from collections.abc import Sequence
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from compiler.ops import find_op
 from compiler.ops.heads import code_dtype
@@ -32,12 +33,12 @@ def specialize_kv_cache(kv_bits: Sequence[int]) -> tvm.transform.Pass:
 def specialize(func: relax.Function, kv_bits: int) -> relax.Function:
     (caches,) = (param for param in func.params if param.name == "caches")
     fields = list(caches.ty.fields)
+    positions = 1 if kv_bits == 16 else tirx.Var("t", "int64")
     for i in range(0, len(fields), 2):
         codes, scales = fields[i : i + 2]
-        *outer, positions = scales.shape
+        *slots_heads_parts, _ = scales.shape
         fields[i] = relax.TensorType(codes.shape, code_dtype(kv_bits))
-        scales_shape = [*outer, 1 if kv_bits == 16 else positions]
-        fields[i + 1] = relax.TensorType(scales_shape, scales.dtype)
+        fields[i + 1] = relax.TensorType([*slots_heads_parts, positions], scales.dtype)
 
     def set_kv_bits(call: relax.Call) -> relax.Call:
         op = find_op(call)

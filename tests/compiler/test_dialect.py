@@ -2,7 +2,7 @@
 
 import pytest
 import tvm
-from dialect_calls import B, CASES, D, HEADS, KV_HEADS, M, S, T, WIDTH
+from dialect_calls import CASES, HEADS, KV_HEADS, WIDTH, B, D, M, S, T
 from tvm import relax
 
 from compiler.ops import OPS

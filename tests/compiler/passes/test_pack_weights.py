@@ -13,7 +13,7 @@ NAMES = ["norm", "gate.w", "gate.scale", "up.w", "up.scale"]
 
 def module(w: str, attrs: str) -> tvm.IRModule:
     """Gate and up projections of weights typed `w`."""
-    return tvm.script.from_source(f'''
+    return tvm.script.from_source(f"""
 m = TypeVar("m")
 @I.ir_module
 class Module:
@@ -35,7 +35,7 @@ class Module:
             y = R.bitnet.ternary_glu_matmul(q, scale, up_w, up_scale, gate, 4)
             R.output(y)
         return y
-''')
+""")
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
@@ -51,7 +51,7 @@ def test_parameters_get_the_layout_of_the_kernel(target):
 
 
 def test_weight_that_is_no_parameter_is_refused():
-    script = '''
+    script = """
 m = TypeVar("m")
 @I.ir_module
 class Module:
@@ -64,6 +64,6 @@ class Module:
             y = R.bitnet.ternary_matmul(q, scale, w, w_scale, 4)
             R.output(y)
         return y
-'''
+"""
     with pytest.raises(ValueError, match="ternary_matmul: w is not a parameter"):
         pack_weights(tvm.script.from_source(script))

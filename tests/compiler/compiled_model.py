@@ -1,0 +1,105 @@
+"""A tiny model of a variant, in torch and compiled, side by side on the same weights and caches."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import tvm
+
+from compiler import pipeline
+from compiler.export import export_model
+from compiler.kernels import using
+from model import random
+from model.checkpoint import IntegerWeights, load_integer_model
+from model.config import MODELS, ModelConfig
+from model.integer import Decode, IntegerModel, Prefill
+from schedules.layouts import LAYOUTS
+from schedules.targets import TARGETS
+
+TINY = MODELS["tiny"]
+VARIANTS = {
+    "a4.8-int4": TINY,
+    "a4.8-fp4": TINY.replace(activation_format="fp4"),
+    "b1.58": TINY.with_variant("b1.58"),
+    "llama": TINY.with_variant("llama"),
+    "untied": TINY.replace(tie_word_embeddings=False),
+}
+KV_BITS = (16, 4, 3)
+
+
+@cache
+def exported(variant: str) -> tvm.IRModule:
+    return export_model(VARIANTS[variant])
+
+
+@dataclass
+class CompiledModel:
+    """Functions of the virtual machine, taking and returning numpy arrays."""
+
+    config: ModelConfig
+    reference: IntegerModel
+    vm: tvm.runtime.vm.VirtualMachine
+    params: list
+
+    def caches(self, kv_bits: int, slots: int = 3, context: int = 32) -> "Caches":
+        return Caches(self.reference.empty_caches(kv_bits, slots, context), kv_bits)
+
+    def prefill(self, caches: "Caches", tokens, slots, positions, rows) -> np.ndarray:
+        arrays = [tensor(a) for a in (tokens, slots, positions, rows)]
+        step = self.vm[f"prefill_kv{caches.bits}"]
+        return step(*arrays, caches.compiled, self.params).numpy()
+
+    def decode(self, caches: "Caches", tokens, slots, positions) -> np.ndarray:
+        arrays = [tensor(a) for a in (tokens, slots, positions)]
+        return self.vm[f"decode_kv{caches.bits}"](*arrays, caches.compiled, self.params).numpy()
+
+    def reference_prefill(self, caches: "Caches", tokens, slots, positions, rows) -> np.ndarray:
+        arrays = [torch.tensor(a) for a in (tokens, slots, positions, rows)]
+        logits, caches.torch = Prefill(self.reference, caches.bits)(*arrays, caches.torch)
+        return logits.numpy()
+
+    def reference_decode(self, caches: "Caches", tokens, slots, positions) -> np.ndarray:
+        arrays = [torch.tensor(a) for a in (tokens, slots, positions)]
+        logits, caches.torch = Decode(self.reference, caches.bits)(*arrays, caches.torch)
+        return logits.numpy()
+
+
+@dataclass
+class Caches:
+    """One state of all layers, twice: functional in torch, updated in place when compiled."""
+
+    torch: list[torch.Tensor]
+    bits: int
+    compiled: list = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.compiled = [tvm.runtime.tensor(t.numpy()) for t in self.torch]
+
+    def pairs(self):
+        """(compiled, torch) arrays of every layer: codes, then scales."""
+        return [(c.numpy(), t.numpy()) for c, t in zip(self.compiled, self.torch, strict=True)]
+
+
+def tensor(values) -> tvm.runtime.Tensor:
+    return tvm.runtime.tensor(np.asarray(values, np.int64))
+
+
+def compile_tiny(variant: str, target: str, directory: Path) -> CompiledModel:
+    """Random weights of a variant, compiled in memory for a row of TARGETS."""
+    config, spec = VARIANTS[variant], TARGETS[target]
+    random.write(config, directory)
+    weights = IntegerWeights(directory)
+    with using(spec), spec.to_tvm():
+        lowered = pipeline.lower(exported(variant), KV_BITS)
+        executable = tvm.compile(lowered, spec.to_tvm(), relax_pipeline=None)
+    layouts = lowered.attrs["layouts"]
+    params = []
+    for name in map(str, lowered.attrs["param_names"]):
+        array = weights[name]
+        if name in layouts:
+            array = LAYOUTS[layouts[name]].pack(array)
+        params.append(tvm.runtime.tensor(array))
+    vm = tvm.runtime.vm.VirtualMachine(executable, tvm.cpu())
+    return CompiledModel(config, load_integer_model(directory), vm, params)
