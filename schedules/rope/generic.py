@@ -23,7 +23,7 @@ from schedules.targets import TargetSpec
 def kernel(
     num_heads: int, num_kv_heads: int, head_dim: int, max_positions: int, target: TargetSpec
 ) -> PrimFunc:
-    assert head_dim % 8 == 0, f"rope: head_dim {head_dim} is no multiple of 8"
+    assert head_dim % 2 == 0, f"rope: head_dim {head_dim} is odd"
     half, lanes = head_dim // 2, target.lanes(32)
     rotated = num_heads + num_kv_heads
     width = (rotated + num_kv_heads) * head_dim
