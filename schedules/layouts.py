@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PAIR_GROUP = 7  # sums of a pair are at most 16 apart from 16, so 7 * 32 fits a byte and 8 * 32 does not
+PAIR_GROUP = (
+    7  # sums of a pair are at most 16 apart from 16, so 7 * 32 fits a byte and 8 * 32 does not
+)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ def lookup(table: Expr, index: Expr) -> Expr:
     return T.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", both, index)
 
 
+def add_bytes(a: Expr, b: Expr) -> Expr:
+    """vpaddusb, for sums that do not saturate: LLVM re-trees plain additions, which costs registers."""
+    return T.call_llvm_pure_intrin("uint8x32", "llvm.uadd.sat", a, b)
+
+
 def low_nibbles(bytes_: Expr) -> Expr:
     return bytes_ & T.broadcast(T.uint8(15), 32)
 

@@ -1,16 +1,19 @@
-"""ternary_matmul on AVX2: look-up for 4-bit activations."""
+"""ternary_matmul on AVX2: look-up tables for 4-bit activations, multiplications for 8-bit ones.
+
+A table of the sums of two 4-bit activations has entries of a byte, so that one look-up does 64
+products; with 8-bit activations entries would take two bytes, and multiplying is as quick.
+"""
 
 from tvm.tirx import PrimFunc
 
 from schedules.targets import TargetSpec
-from schedules.ternary_matmul import generic, lookup_avx2
+from schedules.ternary_matmul import columns_avx2, lookup_avx2
 
 
 def layout(act_bits: int) -> str:
-    return "pair_nibble" if act_bits == 4 else generic.layout(act_bits)
+    return "pair_nibble" if act_bits == 4 else "columns_2bit"
 
 
 def kernel(n: int, k: int, act_bits: int, target: TargetSpec, epilogue: str) -> PrimFunc:
-    if act_bits == 4:
-        return lookup_avx2.kernel(n, k, target, epilogue)
-    return generic.kernel(n, k, act_bits, target, epilogue)
+    form = lookup_avx2 if act_bits == 4 else columns_avx2
+    return form.kernel(n, k, target, epilogue)

@@ -13,8 +13,7 @@ bytes; `vpshufb` looks 32 outputs' sums up at once, and seven of them fit a byte
     tile(S, R): out[R, 64 S]
         for drain in P/(7*292):                         sum32: L1
             for group in 292:                           sum16: L1, even and odd bytes apart
-                for pair in 7:                          sum8: 2 S R registers
-                    sum8 += lookup(table[row, pair], nibble)
+                sum8 = sum of lookup(table[row, pair], nibble) over 7 pairs: 2 S R registers
 
     tile      | value          | bound by
     S * R     | 4              | 16 registers: 8 of sums, 2 of nibbles, mask, table
@@ -64,30 +63,31 @@ def fill_table(table, r, q, m, k):
         fill_entry(table, r, (k + 1) // 2 + p, T.int8(0), T.int8(0))
 
 
-def add_pair(sum8, w, table, b, r, p, blocks, rows):
-    """sum8[block, row, half] += what a pair of columns adds"""
-    for s in range(blocks):
-        nibbles = avx2.load(w, b + s, p, 0, lanes=32)
-        for t in range(rows):
-            entry = avx2.load(table, r + t, p, 0, lanes=16)
-            i = 2 * (s * rows + t)
-            low, high = avx2.low_nibbles(nibbles), avx2.high_nibbles(nibbles)
-            avx2.add(sum8, i, 0, value=avx2.lookup(entry, low), lanes=32)
-            avx2.add(sum8, i + 1, 0, value=avx2.lookup(entry, high), lanes=32)
+def group_sums(w, table, b, r, g, blocks, rows):
+    """Sums over a group of pairs, uint8x32 by [block][row][half], each in a register"""
+    sums = [None] * (2 * blocks * rows)
+    for p in range(PAIR_GROUP):
+        for s in range(blocks):
+            nibbles = T.Bind(avx2.load(w, b + s, g * PAIR_GROUP + p, 0, lanes=32))
+            halves = [T.Bind(avx2.low_nibbles(nibbles)), T.Bind(avx2.high_nibbles(nibbles))]
+            for i in range(2 * rows):
+                entry = avx2.load(table, r + i // 2, g * PAIR_GROUP + p, 0, lanes=16)
+                found, at = avx2.lookup(entry, halves[i % 2]), 2 * rows * s + i
+                sums[at] = T.Bind(avx2.add_bytes(sums[at], found) if p else found)
+    return sums
 
 
-def widen(sum16, sum8, count):
-    """sum16[2i] += bytes of sum8[i] two by two, sum16[2i + 1] += the odd bytes alone"""
-    for i in range(count):
-        both = T.reinterpret("uint16x16", avx2.load(sum8, i, 0, lanes=32))
-        avx2.add(sum16, 2 * i, 0, value=both, lanes=16)
-        odd = T.shift_right(both, T.broadcast(T.uint16(8), 16))
-        avx2.add(sum16, 2 * i + 1, 0, value=odd, lanes=16)
+def widen(sum16, i, bytes_):
+    """sum16[2i] += bytes two by two, sum16[2i + 1] += the odd bytes alone"""
+    both = T.Bind(T.reinterpret("uint16x16", bytes_))
+    avx2.add(sum16, 2 * i, 0, value=both, lanes=16)
+    odd = T.shift_right(both, T.broadcast(T.uint16(8), 16))
+    avx2.add(sum16, 2 * i + 1, 0, value=odd, lanes=16)
 
 
 def drain(sum32, sum16, count):
     """sum32[i, :] += the 32 sums of sum16[2i] and sum16[2i + 1], in the order of their bytes"""
-    for i in range(count):
+    with T.serial(count) as i:
         both, odd = (avx2.load(sum16, 2 * i + j, 0, lanes=16) for j in (0, 1))
         even = both - T.shift_left(odd, T.broadcast(T.uint16(8), 16))
         low, high = avx2.interleave_low(even, odd, 16), avx2.interleave_high(even, odd, 16)
@@ -101,18 +101,15 @@ def accumulate(sum32, w, table, b, r, blocks, rows):
     """sum32[2 * (block * rows + row) + half, 32] = sums over all of K, BIAS a pair too large"""
     groups = w.shape[1] // PAIR_GROUP
     count = 2 * blocks * rows
-    sum8 = T.alloc_buffer((count, 32), "uint8", scope="local")
     sum16 = T.alloc_buffer((2 * count, 16), "uint16", scope="local")
     with T.serial(count * 4) as i:
         avx2.store(sum32, i // 4, i % 4 * 8, value=T.broadcast(T.int32(0), 8), lanes=8)
     with T.serial(T.ceildiv(groups, GROUPS_PER_DRAIN)) as d:
         avx2.clear(sum16, 2 * count, "uint16", 16)
         with T.serial(T.min(GROUPS_PER_DRAIN, groups - d * GROUPS_PER_DRAIN)) as g:
-            avx2.clear(sum8, count, "uint8", 32)
-            for p in range(PAIR_GROUP):
-                pair = (d * GROUPS_PER_DRAIN + g) * PAIR_GROUP + p
-                add_pair(sum8, w, table, b, r, pair, blocks, rows)
-            widen(sum16, sum8, count)
+            group = d * GROUPS_PER_DRAIN + g
+            for i, bytes_ in enumerate(group_sums(w, table, b, r, group, blocks, rows)):
+                widen(sum16, i, bytes_)
         drain(sum32, sum16, count)
 
 
@@ -121,15 +118,12 @@ def tile(output, w, table, m0, b, r, blocks, rows):
     bias = BIAS * int(w.shape[1])
     sum32 = T.alloc_buffer((2 * blocks * rows, 32), "int32", scope="local")
     accumulate(sum32, w, table, b, r, blocks, rows)
-    for s in range(blocks):
-        for t in range(rows):
-            i = 2 * (s * rows + t)
-            output.store(
-                m0 + r + t,
-                b + s,
-                BLOCK,
-                lambda j, lanes, i=i: avx2.load(sum32, i + j // 32, j % 32, lanes=lanes) - bias,
-            )
+    with T.serial(blocks * rows) as i:
+
+        def sums(j, lanes):
+            return avx2.load(sum32, 2 * i + j // 32, j % 32, lanes=lanes) - bias
+
+        output.store(m0 + r + i % rows, b + i // rows, BLOCK, sums)
 
 
 def kernel(n: int, k: int, target: TargetSpec, epilogue: str) -> PrimFunc:

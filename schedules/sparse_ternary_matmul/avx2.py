@@ -1,0 +1,93 @@
+"""sparse_ternary_matmul on AVX2: the walk of ternary_matmul over a list of columns, active ones only.
+
+    for thread in threads:                          parallel, a share of the blocks each
+        M < 4, or few active columns:
+            for stripe in share:                    all of it for M < 4, else 64 bytes of a column:
+                for m in M:                         a stripe of all columns is near L2 for the next row
+                    list the active columns         or all, where most are active
+                    walk(list, stripe)              any two columns make a pair
+        else: tiled as ternary_matmul
+
+    tile         | value | bound by
+    MOST_ACTIVE  | 3/4   | reading on beats following the list, whose runs end after a share
+    BATCH_ACTIVE | 1/4   | a tiled row costs some 3 times less a column than a walked one
+    STRIPE       | 2     | a cache line of each column
+
+Measured: not yet.
+"""
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc, Var
+
+from schedules.epilogue import EPILOGUES, Output
+from schedules.intrin import threads
+from schedules.targets import TargetSpec
+from schedules.ternary_matmul.columns_avx2 import (
+    BLOCK,
+    WIDE,
+    finish,
+    list_columns,
+    padded,
+    tile_rows,
+    walk,
+)
+
+MOST_ACTIVE = 3, 4  # of K: from here on a row walks every column
+BATCH_ACTIVE = 1, 4  # of M K: from here on rows are tiled
+STRIPE = 2  # blocks
+
+
+def layout() -> str:
+    return "columns_2bit"
+
+
+def kernel(n: int, k: int, target: TargetSpec) -> PrimFunc:
+    end = EPILOGUES["residual"]
+    blocks = -(-n // BLOCK)
+    most = -(-k * MOST_ACTIVE[0] // MOST_ACTIVE[1])
+    rows = Var("M", "int64")
+
+    @T.prim_func(s_tir=True)
+    def sparse_ternary_matmul(
+        q: T.Buffer((rows, k), "int8"),
+        scale: T.Buffer((rows,), "float32"),
+        index: T.Buffer((rows, k), "int32"),
+        count: T.Buffer((rows,), "int32"),
+        w: T.Buffer((k, blocks, 32), "uint8"),
+        w_scale: T.Buffer((n,), "float32"),
+        extra: T.Buffer((rows, n), "float32"),
+        out: T.Buffer((rows, n), "float32"),
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
+        height = T.meta_var(T.cast(rows, "int32"))
+        with T.sblock("root"):
+            tasks = T.min(threads.count(), blocks)
+            active = T.int64(0)
+            for m in T.serial(height):
+                active += T.cast(count[m], "int64")
+            for task in T.parallel(tasks):
+                first = threads.share(blocks, task, tasks)
+                share = threads.share(blocks, task + 1, tasks) - first
+                if height >= WIDE and active * BATCH_ACTIVE[1] >= rows * k * BATCH_ACTIVE[0]:
+                    tile_rows(output, q, w, height, first, share, k, target.l2_bytes)
+                else:
+                    column = T.alloc_buffer((padded(k),), "int32")
+                    qs = T.alloc_buffer((padded(k),), "int8")
+                    total = T.alloc_buffer((1,), "int32", scope="local")
+                    sum16 = T.alloc_buffer((blocks, BLOCK), "int16")
+                    sum32 = T.alloc_buffer((blocks, BLOCK), "int32")
+                    stripe = T.if_then_else(height < WIDE, share, STRIPE)
+                    for s in T.serial(T.ceildiv(share, stripe)):
+                        b = T.meta_var(first + s * stripe)
+                        width = T.min(share - s * stripe, stripe)
+                        for m in T.serial(height):
+                            listed = T.if_then_else(count[m] < most, count[m], k)
+                            if count[m] < most:
+                                list_columns(column, qs, total, q, m, listed, lambda i: index[m, i])
+                            else:
+                                list_columns(column, qs, total, q, m, listed, lambda i: i)
+                            walk(sum32, sum16, w, column, qs, listed, b, width)
+                            finish(output, sum32, total, m, b, width)
+
+    return end.finish(sparse_ternary_matmul)

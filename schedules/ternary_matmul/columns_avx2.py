@@ -1,0 +1,238 @@
+"""ternary_matmul with 8-bit activations on AVX2: two columns' codes side by side, multiplied and added.
+
+A block is 128 outputs, 32 bytes of a column. Bytes of two columns are interleaved, a 2-bit field
+of them is 16 outputs' codes {0, 1, 2} for both columns, and `vpmaddubsw` with the pair of
+activations adds code * q of both; sum(q) is taken off at the end.
+
+    for thread in threads:                          parallel, a share of the blocks each
+        M < 4:  for m in M:                         walk: weights-stationary nowhere, read once
+            for drain in columns/120:               sum32[share, 128]: L1
+                for group of 8 columns in 15:       eight runs of memory, each a share long
+                    for b in share:                 sum16[share, 8, 16]: L1; 8 registers within
+                        for pair in 4:
+                            sum16 += multiply_add(codes(pair, b), q pair)
+        M >= 4: for m0 in M/TILE_M:                 tiled: a code serves four rows
+            qs[TILE_M, K]                           half of L2
+            for b in share:                         sum32[TILE_M, 128]
+                for drain in K/120:
+                    codes[60, 8, 32]                L1, unpacked once for all rows of the tile
+                    for rows by 4, field in 4:      8 registers of sums
+                        for pair in 60:
+                            sums += multiply_add(codes[pair], q pair of the row)
+
+    tile       | value       | bound by
+    60 pairs   | 60 * 512    | int16: a pair adds at most 2 * 128 * 2
+    4 pairs    | 8 columns   | runs of memory at once; loads of sum16 a pair
+    4 rows     | 2 x 4 sums  | 16 registers: 8 sums, 2 codes, 4 activations
+    TILE_M     | of l2_bytes | activations of a tile of rows in half of L2
+
+Measured: not yet.
+"""
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc, Var
+
+from schedules.epilogue import EPILOGUES, Output
+from schedules.intrin import avx2, threads
+from schedules.targets import TargetSpec
+
+BLOCK = 128  # outputs in a block of the layout
+FIELDS = 4
+GROUP = 4  # pairs of columns that a walk takes at once
+PAIRS_PER_DRAIN = 0x7FFF // (2 * 2 * 128) // GROUP * GROUP
+WIDE = 4  # rows that share unpacked codes
+
+
+def padded(k: int) -> int:
+    """Columns of a list of any k: whole groups of pairs."""
+    return -(-k // (2 * GROUP)) * 2 * GROUP
+
+
+def codes(first, second):
+    """Codes of two columns side by side, uint8x32 by [field][half]."""
+    mask = T.broadcast(T.uint8(3), 32)
+    sides = [
+        T.Bind(side(first, second, 32)) for side in (avx2.interleave_low, avx2.interleave_high)
+    ]
+    for f in range(FIELDS):
+        for side in sides:
+            yield (avx2.shift_bytes_right(side, 2 * f) if f else side) & mask
+
+
+def activation_pair(qs, *index):
+    """Two neighbours of int8 in every 16 bits."""
+    pair = T.reinterpret("int16", avx2.load(qs, *index, lanes=2))
+    return T.reinterpret("int8x32", T.broadcast(pair, 16))
+
+
+def drain(sum32, row, column, low, high):
+    """sum32[row, column :][:32] += int16 sums of both halves, in the order of the outputs"""
+    for j, half in enumerate((T.vectorlow, T.vectorhigh)):
+        for c, words in enumerate((low, high)):
+            words = T.cast(half("int16x8", words), "int32x8")
+            avx2.add(sum32, row, column + 16 * j + 8 * c, value=words, lanes=8)
+
+
+def clear_rows(buffer, rows, columns: int, dtype: str, lanes: int):
+    with T.serial(rows) as i:
+        with T.serial(columns // lanes) as j:
+            zero = T.broadcast(T.cast(T.int32(0), dtype), lanes)
+            avx2.store(buffer, i, lanes * j, value=zero, lanes=lanes)
+
+
+def list_columns(column, qs, total, q, m, count, column_of):
+    """column[i] and qs[i] for i in count, padded to whole groups with zero activations; total = their sum"""
+    T.buffer_store(total, T.int32(0), [0])
+    with T.serial(count) as i:
+        T.buffer_store(column, column_of(i), [i])
+        T.buffer_store(qs, q[m, column_of(i)], [i])
+        T.buffer_store(total, total[0] + T.cast(q[m, column_of(i)], "int32"), [0])
+    with T.serial(-count % (2 * GROUP)) as i:
+        T.buffer_store(column, column_of(count - 1), [count + i])
+        T.buffer_store(qs, T.int8(0), [count + i])
+
+
+def walk_group(sum16, w, column, qs, i, first, b):
+    """sum16[b, 8, 16] += what columns i to i + 8 of the list add to block first + b"""
+    sums = [T.Bind(avx2.load(sum16, b, 16 * v, lanes=16)) for v in range(2 * FIELDS)]
+    for p in range(GROUP):
+        pair = T.Bind(activation_pair(qs, i + 2 * p))
+        bytes_ = [avx2.load(w, column[i + 2 * p + c], first + b, 0, lanes=32) for c in (0, 1)]
+        for v, code in enumerate(codes(*bytes_)):
+            sums[v] = T.Bind(sums[v] + avx2.multiply_add_bytes(code, pair))
+    for v, value in enumerate(sums):
+        avx2.store(sum16, b, 16 * v, value=value, lanes=16)
+
+
+def walk(sum32, sum16, w, column, qs, count, first, blocks):
+    """sum32[b, 128] = sums of `count` listed columns for `blocks` blocks from `first` on"""
+    groups = T.ceildiv(count, 2 * GROUP)
+    per_drain = PAIRS_PER_DRAIN // GROUP
+    clear_rows(sum32, blocks, BLOCK, "int32", 8)
+    with T.serial(T.ceildiv(groups, per_drain)) as d:
+        clear_rows(sum16, blocks, BLOCK, "int16", 16)
+        with T.serial(T.min(per_drain, groups - d * per_drain)) as g:
+            with T.serial(blocks) as b:
+                walk_group(sum16, w, column, qs, (d * per_drain + g) * 2 * GROUP, first, b)
+        with T.serial(blocks) as b:
+            for f in range(FIELDS):
+                low, high = (avx2.load(sum16, b, 32 * f + 16 * c, lanes=16) for c in (0, 1))
+                drain(sum32, b, 32 * f, low, high)
+
+
+def finish(output, sum32, total, m, first, blocks):
+    with T.serial(blocks) as b:
+
+        def sums(j, lanes):
+            return avx2.load(sum32, b, j, lanes=lanes) - total[0]
+
+        output.store(m, first + b, BLOCK, sums)
+
+
+def unpack_codes(unpacked, w, b, p0, pairs, k):
+    """unpacked[p, 8, 32] = codes of columns 2 (p0 + p) and the next, which past K meets q = 0"""
+    with T.serial(pairs) as p:
+        columns = [T.min(2 * (p0 + p) + c, k - 1) for c in (0, 1)]
+        bytes_ = [avx2.load(w, column, b, 0, lanes=32) for column in columns]
+        for v, code in enumerate(codes(*bytes_)):
+            avx2.store(unpacked, p, v, 0, value=code, lanes=32)
+
+
+def tile_field(sum32, unpacked, qs, r, f, p0, pairs):
+    """sum32[r : r + 4, 32 f : 32 f + 32] += field f of the unpacked pairs"""
+    sum16 = T.alloc_buffer((2 * WIDE, 16), "int16", scope="local")
+    avx2.clear(sum16, 2 * WIDE, "int16", 16)
+    with T.serial(pairs) as p:
+        halves = [T.Bind(avx2.load(unpacked, p, 2 * f + c, 0, lanes=32)) for c in (0, 1)]
+        for t in range(WIDE):
+            pair = T.Bind(activation_pair(qs, r + t, 2 * (p0 + p)))
+            for c in (0, 1):
+                product = avx2.multiply_add_bytes(halves[c], pair)
+                avx2.add(sum16, 2 * t + c, 0, value=product, lanes=16)
+    for t in range(WIDE):
+        low, high = (avx2.load(sum16, 2 * t + c, 0, lanes=16) for c in (0, 1))
+        drain(sum32, r + t, 32 * f, low, high)
+
+
+def copy_rows(qs, totals, q, m, rows, height, k):
+    """qs[:height] = rows of q from m on, zeros past `rows` and K; totals = sums of the rows"""
+    with T.serial(height) as r:
+        T.buffer_store(totals, T.int32(0), [r])
+        with T.serial(padded(k)) as i:
+            T.buffer_store(qs, T.int8(0), [r, i])
+        with T.If(r < rows), T.Then(), T.serial(k) as i:
+            T.buffer_store(qs, q[m + r, i], [r, i])
+            T.buffer_store(totals, totals[r] + T.cast(q[m + r, i], "int32"), [r])
+
+
+def tile_block(output, w, qs, totals, unpacked, sum32, m, b, rows, height, k):
+    """All outputs of block b and of `height` rows from m on, of which `rows` exist"""
+    pairs = -(-k // 2)
+    clear_rows(sum32, height, BLOCK, "int32", 8)
+    with T.serial(-(-pairs // PAIRS_PER_DRAIN)) as d:
+        p0 = d * PAIRS_PER_DRAIN
+        some = T.Bind(T.min(PAIRS_PER_DRAIN, pairs - p0))
+        unpack_codes(unpacked, w, b, p0, some, k)
+        with T.serial(height // WIDE) as r:
+            with T.serial(FIELDS) as f:
+                tile_field(sum32, unpacked, qs, WIDE * r, f, p0, some)
+    with T.serial(rows) as r:
+
+        def sums(j, lanes):
+            return avx2.load(sum32, r, j, lanes=lanes) - totals[r]
+
+        output.store(m + r, b, BLOCK, sums)
+
+
+def tile_rows(output, q, w, rows, first, blocks, k, l2_bytes):
+    """All rows of q, tile by tile, for `blocks` blocks from `first` on"""
+    tile_m = max(WIDE, l2_bytes // 2 // padded(k) // WIDE * WIDE)
+    qs = T.alloc_buffer((tile_m, padded(k)), "int8")
+    totals = T.alloc_buffer((tile_m,), "int32")
+    unpacked = T.alloc_buffer((PAIRS_PER_DRAIN, 2 * FIELDS, 32), "uint8")
+    sum32 = T.alloc_buffer((tile_m, BLOCK), "int32")
+    with T.serial(T.ceildiv(rows, tile_m)) as m0:
+        m = m0 * tile_m
+        here = T.Bind(T.min(rows - m, tile_m))
+        height = T.Bind(T.ceildiv(here, WIDE) * WIDE)
+        copy_rows(qs, totals, q, m, here, height, k)
+        with T.serial(blocks) as b:
+            tile_block(output, w, qs, totals, unpacked, sum32, m, first + b, here, height, k)
+
+
+def kernel(n: int, k: int, target: TargetSpec, epilogue: str) -> PrimFunc:
+    end = EPILOGUES[epilogue]
+    blocks = -(-n // BLOCK)
+    rows = Var("M", "int64")
+
+    @T.prim_func(s_tir=True)
+    def ternary_matmul(
+        q: T.Buffer((rows, k), "int8"),
+        scale: T.Buffer((rows,), "float32"),
+        w: T.Buffer((k, blocks, 32), "uint8"),
+        w_scale: T.Buffer((n,), "float32"),
+        extra: T.Buffer((rows, n), "float32"),
+        out: T.Buffer((rows, n), "float32"),
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
+        height = T.meta_var(T.cast(rows, "int32"))
+        with T.sblock("root"):
+            tasks = T.min(threads.count(), blocks)
+            for task in T.parallel(tasks):
+                first = threads.share(blocks, task, tasks)
+                share = threads.share(blocks, task + 1, tasks) - first
+                if height >= WIDE:
+                    tile_rows(output, q, w, height, first, share, k, target.l2_bytes)
+                else:
+                    column = T.alloc_buffer((padded(k),), "int32")
+                    qs = T.alloc_buffer((padded(k),), "int8")
+                    total = T.alloc_buffer((1,), "int32", scope="local")
+                    sum16 = T.alloc_buffer((blocks, BLOCK), "int16")
+                    sum32 = T.alloc_buffer((blocks, BLOCK), "int32")
+                    for m in T.serial(height):
+                        list_columns(column, qs, total, q, m, k, lambda i: i)
+                        walk(sum32, sum16, w, column, qs, k, first, share)
+                        finish(output, sum32, total, m, first, share)
+
+    return end.finish(ternary_matmul)
