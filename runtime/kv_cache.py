@@ -10,6 +10,7 @@ f16[S, Hkv, 2, T], S slots, T positions (the context), axis 2 = keys, values.
 | 3 | u8 | D/2 + (T-1)·3D/8: position 0, the bos token, has 4 bits | f16[S, Hkv, 2, T] |
 """
 
+import math
 import mmap
 from typing import Any
 
@@ -20,6 +21,7 @@ from runtime.errors import RuntimeRefusal, require_whole
 
 KV_BITS = (16, 4, 3)
 PAGE_BYTES = 4096
+MOST_LAYERS = 10_000
 
 
 def row_elements(bits: int, context: int, head_dim: int) -> int:
@@ -50,6 +52,7 @@ class KVCache:
                 f"kv-bits: {bits} needs a head_dim that is a multiple of 8, found {head_dim}; "
                 "possible: 16"
             )
+        require_whole("layers", layers, 1, MOST_LAYERS)
         self.slots = require_whole("slots", slots, 1)
         self.context = require_whole("context", context, 1)
         self.bits = bits
@@ -95,7 +98,7 @@ class KVCache:
 
 def _zeros(wanted: list[tuple[np.dtype, tuple[int, ...]]]) -> list[np.ndarray]:
     """Zeroed arrays in one anonymous mapping, each on a page of its own."""
-    sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for dtype, shape in wanted]
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in wanted]
     padded = [-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes]
     try:
         memory = mmap.mmap(-1, sum(padded), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,5 +1,6 @@
 """An artifact opens without a copy, and whatever is wrong with one is refused in one line."""
 
+import contextlib
 import json
 import re
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from fake_artifact import CONFIG, write_manifest
 
-from runtime import Artifact, ArtifactError, RuntimeRefusal, host, tvm_runtime
+from runtime import Artifact, ArtifactError, Engine, RuntimeRefusal, host, tvm_runtime
 
 
 def change(path, name, **values):
@@ -72,7 +73,31 @@ def test_manifest_is_not_json(own_artifact, text):
 @pytest.mark.parametrize("field", ["model", "kv_bits", "context_length", "library", "tensors"])
 def test_missing_field(own_artifact, field):
     write_manifest(own_artifact, **{field: None})
-    assert f"needs {field!r}" in refusal(own_artifact)
+    assert f"needs {field}, found nothing" in refusal(own_artifact)
+
+
+def places(value, path=()):
+    """The path of everything inside a JSON value."""
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield (*path, key)
+        if isinstance(value[key], dict | list):
+            yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", ["artifact.json", "config.json"])
+def test_no_wrong_value_gets_past_a_refusal(own_artifact, name):
+    """Whatever stands anywhere in the two files: an engine, or a refusal."""
+    files = {n: (own_artifact / n).read_text() for n in ("artifact.json", "config.json")}
+    for path in places(json.loads(files[name])):
+        for wrong in (None, -1, 1 << 70, "x", [], {}, [None], True):
+            damaged = json.loads(files[name])
+            inside = damaged
+            for key in path[:-1]:
+                inside = inside[key]
+            inside[path[-1]] = wrong
+            (own_artifact / name).write_text(json.dumps(damaged))
+            with contextlib.suppress(RuntimeRefusal):
+                Engine.load(own_artifact, threads=1, verify=False)
 
 
 def test_built_for_another_device(own_artifact):
@@ -126,7 +151,7 @@ def test_missing_file(own_artifact, name):
         ({"offset": 4097}, "offsets are multiples of 4096"),
         ({"offset": 1 << 40}, "does not fit"),
         ({"shape": [259]}, "does not fit"),
-        ({"shape": None}, "bad tensor"),
+        ({"shape": None}, "needs tensors[1].shape (list), found None"),
         ({"bytes": -4, "shape": [-1]}, "does not fit"),
     ],
 )
