@@ -1,0 +1,146 @@
+"""artifact.json and config.json: read, and every field that the runtime uses checked."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import ArtifactError
+
+FORMAT = 1
+MANIFEST, CONFIG = "artifact.json", "config.json"
+LARGEST = 1 << 31  # bounds the sizes in config.json
+
+# A type, a list of one element's schema, or an object's fields; None stands for any name.
+Schema = type | list["Schema"] | dict[str | None, "Schema"]
+SCHEMA: Schema = {
+    "model": str,
+    "target": str,
+    "cpu_flags": [str],
+    "kv_bits": [int],
+    "default_kv_bits": int,
+    "context_length": int,
+    "library": {"file": str, "bytes": int, "sha256": str},
+    "params": {"file": str, "bytes": int, "chunk_bytes": int, "sha256": [str]},
+    "tensors": [{"name": str, "dtype": str, "shape": [int], "offset": int, "bytes": int}],
+    "files": {None: str},
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the runtime needs of config.json."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """artifact.json: its version, the types of its fields, and that it is for a CPU."""
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise ArtifactError(f"artifact: asked for {path}, which {what}")
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(
+            f"artifact: {path} is not an artifact: it has no {MANIFEST}, it holds "
+            f"{_list(path)}; possible: a directory written by python -m compiler.build"
+        )
+    manifest = read_json(path, MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"artifact {path}: format {manifest.get('format')!r}, this runtime reads {FORMAT}; "
+            "possible: build it again"
+        )
+    if problem := _mismatch(manifest, SCHEMA, ""):
+        raise ArtifactError(f"artifact {path}: {MANIFEST} needs {problem}")
+    record = manifest.get("record")
+    target = record.get("tvm_target") if isinstance(record, dict) else None
+    kind = target.get("kind", "llvm") if isinstance(target, dict) else "llvm"
+    if kind != "llvm":
+        raise ArtifactError(
+            f"artifact {path}: built for TVM's {kind!r}; this runtime runs CPU artifacts ('llvm')"
+        )
+    return manifest
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The sizes in config.json, in Hugging Face's words."""
+    config = read_json(path, CONFIG)
+
+    def whole(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
+            raise ArtifactError(
+                f"artifact {path}: {CONFIG} needs {name} (a whole number), found {value!r:.40}"
+            )
+        return value
+
+    def size(name: str, default: int | None = None) -> int:
+        value = config.get(name)
+        return whole(name, default if value is None else value)
+
+    heads, eos = size("num_attention_heads"), config.get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return ModelShape(
+        layers=size("num_hidden_layers"),
+        kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", 0) or size("hidden_size") // max(heads, 1),
+        vocab_size=size("vocab_size"),
+        bos_token_id=size("bos_token_id"),
+        eos_token_ids=tuple(whole("eos_token_id", token) for token in eos_ids),
+    )
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """A small file of the artifact."""
+    try:
+        return (path / name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"artifact {path}: cannot read {name}: {reason}") from error
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(read_file(path, name))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"artifact {path}: {name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"artifact {path}: {name} must hold a JSON object")
+    return found
+
+
+def _list(path: Path) -> str:
+    try:
+        return ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+    except OSError as error:
+        raise ArtifactError(f"artifact: cannot read {path}: {error.strerror}") from error
+
+
+def _mismatch(value: Any, schema: Schema, where: str) -> str | None:
+    """The first place where `value` is not as the schema says, and what is there instead."""
+    if isinstance(schema, type):
+        if isinstance(value, schema) and not isinstance(value, bool):
+            return None
+        return f"{where} ({schema.__name__}), found {value!r:.40}"
+    if not isinstance(value, type(schema)):
+        return f"{where} ({type(schema).__name__}), found {value!r:.40}"
+    inside: list[tuple[Any, Schema, str]]
+    if isinstance(schema, list):
+        inside = [(item, schema[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    else:
+        every = schema.get(None)
+        fields = schema if every is None else dict.fromkeys(value, every)
+        for name in fields:
+            if name not in value:
+                return f"{where}{'.' * bool(where)}{name}, found nothing"
+        inside = [
+            (value[name], field, f"{where}{'.' * bool(where)}{name}")
+            for name, field in fields.items()
+        ]
+    return next(filter(None, (_mismatch(*item) for item in inside)), None)
