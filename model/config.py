@@ -238,7 +238,7 @@ _ROWS = (
         bos_token_id=128000,
         eos_token_id=128001,
     ),
-    ModelConfig(  # trained by model/train.py at 1024 positions on public-domain novels
+    ModelConfig(  # trained by model/train.py on public-domain novels
         name="novels-42m",
         variant="a4.8",
         vocab_size=8192,
@@ -247,6 +247,7 @@ _ROWS = (
         num_hidden_layers=12,
         num_attention_heads=8,
         num_key_value_heads=4,
+        max_position_embeddings=1024,
         kv_bits=3,
         bos_token_id=0,
         eos_token_id=1,
