@@ -170,6 +170,9 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and last norm; tokens [batch, sequence] to float32 hidden states."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -223,7 +226,8 @@ class BitNetModel(nn.Module):
         """Compile the layer once for all layers, and the head; shapes must then stay fixed."""
         for layer in self.model.layers:
             layer.compile(fullgraph=True, dynamic=False)
-        self.head_loss = torch.compile(self.head_loss, fullgraph=True, dynamic=False)
+        compiled = torch.compile(self.head_loss, fullgraph=True, dynamic=False)
+        self.head_loss = compiled  # type: ignore[method-assign]
 
     def _check(self, tokens: Tensor, stage: str) -> None:
         if stage not in STAGES:

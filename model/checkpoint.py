@@ -1,17 +1,15 @@
 """Read a checkpoint directory into the parameters of `model.integer`, one tensor at a time.
 
-Read are `config.json`, `tokenizer.json` and `model.safetensors` (or its shards) in the Hugging
-Face layout:
-packed ternary weights (`offline`: U8 [ceil(out/4), in], SPEC of transformers'
-integrations/bitnet.py), float master weights
-(`online`, quantised here), float weights of the llama baseline; embeddings as floats or as INT8
-rows with scales.
-Nothing is unpickled.
+Read are `config.json` and `model.safetensors` (or its shards) in the Hugging Face layout: packed
+ternary weights (`offline`: U8 [ceil(out/4), in], as transformers' integrations/bitnet.py), float
+master weights (`online`, quantised here), float weights of the llama baseline; embeddings as
+floats or as INT8 rows with scales. Nothing is unpickled.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +50,7 @@ def zoo_models() -> list[str]:
 
 
 def find(model: str) -> Path:
-    """The checkpoint directory of a shipped model's name or of a path; CheckpointError if there is
-    none.
-    """
+    """The checkpoint directory of a shipped model's name or of a path."""
     for path in (ZOO / model, Path(model)):
         if (path / "config.json").is_file():
             return path
@@ -68,9 +64,8 @@ class IntegerWeights(Mapping[str, np.ndarray]):
     """Parameters of `IntegerModel` by name, as numpy arrays made when asked for.
 
     Ternary weights are i8[N, K] in {-1, 0, 1}; `*.scale` f32[N] multiplies the integer product.
-    One tensor
-    is in memory at a time. Raises CheckpointError for what is missing, truncated or of another
-    shape.
+    One tensor is in memory at a time. Raises CheckpointError for what is missing, truncated or of
+    another shape.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -112,7 +107,7 @@ class IntegerWeights(Mapping[str, np.ndarray]):
             )
         return tensor.contiguous().numpy()
 
-    def _open_shards(self) -> dict:
+    def _open_shards(self) -> dict[str, Any]:
         index = self.directory / INDEX_NAME
         if index.is_file():
             files = sorted(
@@ -120,7 +115,7 @@ class IntegerWeights(Mapping[str, np.ndarray]):
             )
         else:
             files = [WEIGHTS_NAME]
-        shards = {}
+        shards: dict[str, Any] = {}  # tensor name -> the open file that has it
         for file in files:
             path = self.directory / file
             if not path.is_file():
@@ -181,9 +176,7 @@ class IntegerWeights(Mapping[str, np.ndarray]):
         return (1.0 / scale if self._scale_is_inverse else scale).repeat(rows)
 
     def _rows(self, source: str, linear: str) -> int:
-        """Outputs of one projection: the packed tensor's own shape is rounded up to a multiple of
-        four.
-        """
+        """Outputs of one projection; a packed tensor's own shape is rounded up to four."""
         if linear != "qkv":
             return linear_shapes(self.config)[linear][0]
         return self.config.attention_size if source.endswith("q_proj") else self.config.kv_size

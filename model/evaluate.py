@@ -6,12 +6,14 @@ is not compiled.
 
 import csv
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from model.bitnet import BitNetModel
+from model.bitnet import BitNetModel, Layer
 from model.config import ModelConfig
 from model.data import Windows
 from model.quantizers import int8_absmax
@@ -55,7 +57,7 @@ def sparsity(model: BitNetModel, windows: Windows, batch: int, limit: int) -> di
         return lambda _, inputs, output: seen[layer, "relu"].append((inputs[0] <= 0).float().mean())
 
     hooks = []
-    for i, layer in enumerate(model.model.layers):
+    for i, layer in enumerate(cast(Iterable[Layer], model.model.layers)):
         hooks += [
             layer.self_attn.in_quant.register_forward_hook(watch(i, "qkv")),
             layer.self_attn.out_quant.register_forward_hook(watch(i, "out")),

@@ -1,9 +1,8 @@
 """The integer forward: what is exported, compiled and served, written with the ops of `bitnet::*`.
 
 `Prefill` and `Decode` wrap one `IntegerModel`; its buffers are the parameters of the compiled
-functions and their
-names are the artifact's (docs/architecture.md, "The compiled module"). Shapes: M token rows, each
-with a slot and a position.
+functions and their names are the artifact's (docs/architecture.md, "The compiled module").
+Shapes: M token rows, each with a slot and a position.
 """
 
 import torch
@@ -36,6 +35,8 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 class _Leaf(nn.Module):
     """A named group of buffers, so that the parameter names read `qkv.w`, `embed.table`."""
 
+    table: Tensor
+
     def __init__(self, **buffers: Tensor) -> None:
         super().__init__()
         for name, tensor in buffers.items():
@@ -57,7 +58,12 @@ def _table(config: ModelConfig) -> _Leaf:
 
 
 class IntegerLayer(nn.Module):
-    """One transformer layer of a ternary variant (SPEC: a4.8 section 2.1, b1.58's SubLN layout)."""
+    """One transformer layer of a ternary variant (a4.8 section 2.1, b1.58's sub-norms)."""
+
+    attn_norm: Tensor
+    attn_sub_norm: Tensor
+    ffn_norm: Tensor
+    ffn_sub_norm: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,8 +149,8 @@ class IntegerModel(nn.Module):
         self.register_buffer("norm", torch.ones(config.hidden_size))
 
     def trunk(self, tokens: Tensor, slots: Tensor, positions: Tensor, caches: list, kv_bits: int):
-        """tokens, slots, positions i64[M]; caches [codes0, scales0, codes1, ...] -> (f32[M,
-        hidden], caches).
+        """tokens, slots, positions i64[M]; caches [codes0, scales0, codes1, ...]
+        -> (f32[M, hidden], caches).
         """
         if self.config.is_ternary:
             x = ops.embedding(tokens, self.embed.table, self.embed.scale)

@@ -1,12 +1,9 @@
-"""The packed KV cache in torch: its layout, and the ops `bitnet::kv_append` and
-`bitnet::attention`.
+"""The packed KV cache in torch: its layout, and the ops `bitnet::kv_append`, `bitnet::attention`.
 
 Layout (docs/architecture.md, "KV cache"): codes [S, Hkv, 2, B] and scales f16[S, Hkv, 2, T], axis
-2 = keys, values.
-16 bits: codes are the float16 values themselves. 4 bits: T rows of D/2 bytes. 3 bits: position 0,
-the bos token,
-is a 4-bit row, the others are 3D/8 bytes (a4.8 section 2.2: 3-bit KV with the bos token's heads at
-4 bits).
+2 = keys, values. 16 bits: codes are the float16 values themselves. 4 bits: T rows of D/2 bytes.
+3 bits: position 0, the bos token, is a 4-bit row, the others are 3D/8 bytes (a4.8 section 2.2:
+3-bit KV with the bos token's heads at 4 bits).
 """
 
 import torch
@@ -38,9 +35,7 @@ def empty_cache(
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes u8[..., D] -> bytes u8[..., D*bits/8], planes as in the module docstring's
-    page.
-    """
+    """Unsigned codes u8[..., D] -> bytes u8[..., D*bits/8], in the planes of that page."""
     d = codes.shape[-1]
     if bits == 4:
         return codes[..., : d // 2] | codes[..., d // 2 :] << 4

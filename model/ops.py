@@ -1,10 +1,8 @@
 """The torch custom ops `bitnet::*`: the eager integer reference, and so the definition of correct.
 
 Every op maps one to one onto `R.bitnet.<op>` of the compiler. The float orders that make the
-integers
-equal bit for bit on every target are written down in docs/architecture.md, "The dialect"; the KV
-cache
-ops live in `model/kv_cache.py`.
+integers equal bit for bit on every target are written down in docs/architecture.md, "The dialect";
+the KV cache ops live in `model/kv_cache.py`.
 
 M token rows; K reduced, N produced features. Quantised activations are int8 with one float32 scale
 a row.
@@ -16,8 +14,8 @@ from torch.library import custom_op
 
 from model import quantizers
 
-# One matmul of float32 is exact while every partial sum stays below 2**24; int8 x ternary needs K
-# < 2**17.
+# One matmul of float32 is exact while every partial sum stays below 2**24: for int8 x ternary,
+# K < 2**17.
 MAX_EXACT_FLOAT32 = 2**24
 
 
@@ -25,8 +23,8 @@ def exact_matmul(q: Tensor, w: Tensor) -> Tensor:
     """Integer product of q i8[M, K] and w i8[N, K] as float32[M, N] holding exact int32 values.
 
     Float multiplication is how a CPU without integer BLAS gets an exact answer quickly. int8 x
-    int8 can pass
-    2**24, hence float64 there; the int32 result is rounded to float32 once, as the kernels do.
+    int8 can pass 2**24, hence float64 there; the int32 result is rounded to float32 once, as the
+    kernels do.
     """
     wide = (
         w.dtype == torch.int8 and q.shape[1] * 127 * 127 >= MAX_EXACT_FLOAT32 and w.abs().max() > 1
@@ -73,7 +71,7 @@ def _fake_quantized(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 @custom_op("bitnet::rms_norm_int4", mutates_args=())
 def rms_norm_int4(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm, then INT4 absmean (a4.8, arXiv 2411.04965): -> q i8[M, K] in [-8, 7], scale f32[M]."""
+    """RMSNorm, then INT4 absmean (arXiv 2411.04965): -> q i8[M, K] in [-8, 7], scale f32[M]."""
     q, scale = quantizers.int4_absmean(_normalize(x, gain, eps))
     return q, scale.reshape(-1)
 
@@ -87,7 +85,7 @@ def rms_norm_int8(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @custom_op("bitnet::rms_norm_fp4", mutates_args=())
 def rms_norm_fp4(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm, then FP4 E2M1 (a4.8 section 2.3): -> q i8[M, K], twice the grid value, scale f32[M]."""
+    """RMSNorm, then FP4 E2M1 (a4.8 section 2.3): -> q i8[M, K], twice the grid, scale f32[M]."""
     q, scale = quantizers.fp4_e2m1(_normalize(x, gain, eps))
     return q, scale.reshape(-1)
 
@@ -100,12 +98,10 @@ for op in (rms_norm_int4, rms_norm_int8, rms_norm_fp4):
 def rms_norm_topk_int8(
     x: Tensor, gain: Tensor, eps: float, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """RMSNorm, TopK mask, INT8 absmax, compressed (a4.8 equation 4): the input of the sparse
-    matmul.
+    """RMSNorm, TopK mask, INT8 absmax, compressed (a4.8 equation 4): a sparse matmul's input.
 
     -> q i8[M, K], scale f32[M], index i32[M, K], count i32[M]: index[m, :count[m]] are the columns
-    of
-    non-zero q in rising order; the rest of index is unspecified (zero here). k = K keeps every
+    of non-zero q in rising order; the rest of index is unspecified (zero here). k = K keeps every
     column.
     """
     h = _normalize(x, gain, eps)

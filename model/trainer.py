@@ -89,7 +89,8 @@ class Trainer:
              {"params": vectors, "weight_decay": 0.0}],
             lr=recipe.lr, betas=BETAS, fused=device.type == "cuda",
         )  # fmt: skip
-        self.step, self.seconds, self.curve = 0, 0.0, []
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict] = []
         self.is_stopping = False
         self.resume()
         if options.is_compiled:
