@@ -128,8 +128,9 @@ def _mismatch(value: Any, schema: Schema, where: str) -> str | None:
         if isinstance(value, schema) and not isinstance(value, bool):
             return None
         return f"{where} ({schema.__name__}), found {value!r:.40}"
-    if not isinstance(value, type(schema)):
-        return f"{where} ({type(schema).__name__}), found {value!r:.40}"
+    kind: type = type(schema)
+    if not isinstance(value, kind):
+        return f"{where} ({kind.__name__}), found {value!r:.40}"
     inside: list[tuple[Any, Schema, str]]
     if isinstance(schema, list):
         inside = [(item, schema[0], f"{where}[{i}]") for i, item in enumerate(value)]
