@@ -10,8 +10,10 @@ from tvm.relax import transform
 from tvm.support import cc
 
 from compiler.config import BuildError
+from compiler.passes.drop_checks import drop_checks
 from compiler.passes.dump_ir import dump_ir
 from compiler.passes.pack_weights import pack_weights
+from compiler.passes.reuse_tensors import reuse_tensors
 from compiler.passes.schedule_stock_ops import schedule_stock_ops
 from compiler.passes.specialize_kv_cache import specialize_kv_cache
 from schedules.targets import TargetSpec
@@ -43,13 +45,15 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         transform.RemovePurityChecking(),
         transform.CallTIRRewrite(),
         transform.StaticPlanBlockMemory(),
+        reuse_tensors,
+        transform.CanonicalizeBindings(),
         *dump("4-planned"),
         # Phase 5: the virtual machine's own calls
         transform.LowerAllocTensor(),
-        transform.KillAfterLastUse(),
         transform.LowerRuntimeBuiltin(),
         transform.ComputePrimValue(),
         transform.VMShapeLower(),
+        drop_checks,
         transform.AttachGlobalSymbol(),
         *dump("5-lowered"),
     ]

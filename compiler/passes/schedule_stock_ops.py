@@ -20,23 +20,33 @@ from compiler.kernels import in_force
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleStockOps")
 def schedule_stock_ops(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-    lanes = in_force().target.lanes(32)
+    lanes, scheduled = in_force().target.lanes(32), mod.clone()
     for name, func in mod.functions_items():
         if isinstance(func, PrimFunc) and not func.attrs.get("tirx.is_scheduled", False):
-            mod[name] = vectorize(func, lanes).with_attr("tirx.is_scheduled", True)
-    return mod
+            scheduled[name] = vectorize(func, lanes).with_attr("tirx.is_scheduled", True)
+    return scheduled
 
 
 def vectorize(func: PrimFunc, lanes: int) -> PrimFunc:
     schedule = Schedule(func)
+    # 1. Fuse: what is not stored for others is computed where it is read
+    outputs = {schedule.get(block).name_hint for block in schedule.get_output_blocks("root")}
     for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+        if schedule.get(block).name_hint not in outputs:
+            schedule.compute_inline(block)
+    # 2. Vectorise by the widest vector that divides K
+    for block in schedule.get_output_blocks("root"):
         loops = schedule.get_loops(block)
-        if not loops:
-            continue
-        extent = schedule.get(loops[-1]).extent
-        while lanes > 1 and not (isinstance(extent, tirx.IntImm) and int(extent) % lanes == 0):
-            lanes //= 2
-        if lanes > 1:
-            _, inner = schedule.split(loops[-1], [None, lanes])
+        width = dividing_width(schedule.get(loops[-1]).extent, lanes) if loops else 1
+        if width > 1:
+            _, inner = schedule.split(loops[-1], [None, width])
             schedule.vectorize(inner)
     return schedule.mod["main"]
+
+
+def dividing_width(extent: tvm.ir.Expr, lanes: int) -> int:
+    if not isinstance(extent, tirx.IntImm):
+        return 1
+    while int(extent) % lanes:
+        lanes //= 2
+    return lanes
