@@ -128,20 +128,16 @@ def _mismatch(value: Any, schema: Schema, where: str) -> str | None:
         if isinstance(value, schema) and not isinstance(value, bool):
             return None
         return f"{where} ({schema.__name__}), found {value!r:.40}"
-    kind: type = type(schema)
-    if not isinstance(value, kind):
-        return f"{where} ({kind.__name__}), found {value!r:.40}"
+    same = type(value) is type(schema)  # spelt in the if, mypy takes the value for a schema
+    if not same:
+        return f"{where} ({type(schema).__name__}), found {value!r:.40}"
     inside: list[tuple[Any, Schema, str]]
     if isinstance(schema, list):
         inside = [(item, schema[0], f"{where}[{i}]") for i, item in enumerate(value)]
     else:
-        every = schema.get(None)
+        every, dot = schema.get(None), "." if where else ""
         fields = schema if every is None else dict.fromkeys(value, every)
-        for name in fields:
-            if name not in value:
-                return f"{where}{'.' * bool(where)}{name}, found nothing"
-        inside = [
-            (value[name], field, f"{where}{'.' * bool(where)}{name}")
-            for name, field in fields.items()
-        ]
+        if missing := [name for name in fields if name not in value]:
+            return f"{where}{dot}{missing[0]}, found nothing"
+        inside = [(value[name], field, f"{where}{dot}{name}") for name, field in fields.items()]
     return next(filter(None, (_mismatch(*item) for item in inside)), None)
