@@ -6,6 +6,7 @@ so a run cut into pieces gives the weights of one that was not.
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import evaluate
+from model import evaluate, progress
 from model.bitnet import BitNetModel
 from model.config import ModelConfig
 from model.data import load_windows
@@ -102,6 +103,10 @@ class Trainer:
 
     def train(self) -> bool:
         """Run until the last step or until told to stop; True when done."""
+        with progress.of_run(self.recipe.steps, self.step, sys.stderr) as shown:
+            return self._train(shown)
+
+    def _train(self, shown: progress.Lines) -> bool:
         options, recipe = self.options, self.recipe
         began = last = time.monotonic()
         losses: list[torch.Tensor] = []
@@ -112,12 +117,13 @@ class Trainer:
                 self.save()
                 return False
             losses.append(self.train_step())
+            shown.advance(self.step)
             is_last = self.step == recipe.steps
             is_eval = is_last or self.step % options.eval_every == 0
             if is_eval or self.step % options.log_every == 0:
                 loss = float(torch.stack(losses).mean())  # waits for the device
                 rate = (self.step - logged) * recipe.batch * recipe.seq / (time.monotonic() - last)
-                self.report(loss, rate)
+                self.report(shown, loss, rate)
                 if is_eval:
                     self.evaluate(loss, self.seconds + time.monotonic() - began)
                 losses, logged, last = [], self.step, time.monotonic()
@@ -142,15 +148,19 @@ class Trainer:
         self.step += 1
         return loss.detach()
 
-    def report(self, loss: float, rate: float) -> None:
+    def report(self, shown: progress.Lines, loss: float, rate: float) -> None:
+        """Show the mean loss since the last report and the tokens a second; refuse NaN."""
         step, recipe = self.step, self.recipe
-        left = (recipe.steps - step) * recipe.batch * recipe.seq / rate
-        print(
-            f"step {step}/{recipe.steps} {recipe.stage(step - 1)} loss {loss:.4f} "
-            f"lr {recipe.learning_rate(step - 1):.2e} {rate / 1e3:.0f}k tok/s "
-            f"{left // 60:.0f}m{left % 60:02.0f}s left",
-            flush=True,
+        status = progress.Status(
+            step=step,
+            steps=recipe.steps,
+            stage=recipe.stage(step - 1),
+            loss=loss,
+            learning_rate=recipe.learning_rate(step - 1),
+            tokens_a_second=rate,
+            seconds_left=(recipe.steps - step) * recipe.batch * recipe.seq / rate,
         )
+        shown.report(status)
         if not math.isfinite(loss):
             raise TrainError(f"train: loss is {loss} at step {step}; lower --lr")
 
