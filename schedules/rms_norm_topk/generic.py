@@ -86,7 +86,7 @@ def kernel(k: int, keep: int, eps: float, target: TargetSpec) -> PrimFunc:
 
 @T.inline
 def list_nonzero(q, index, count, k, m):
-    """index[m, :count[m]] = columns of non-zero q; index[m, count] is within the row: count <= i."""
+    """index[m, :count[m]] = columns of non-zero q; count <= i keeps every store in the row."""
     found = T.alloc_buffer((1,), "int32", scope="local")
     found[0] = 0
     for i in T.serial(k):
