@@ -1,5 +1,6 @@
 """The quantizers: the paper's equations, their ranges and errors, and the bugs others have had."""
 
+import itertools
 import math
 
 import numpy as np
@@ -210,7 +211,7 @@ def nearest_fp4(y: float) -> int:
 
 
 def test_fp4_takes_the_nearest_of_its_grid_and_the_even_one_at_ties():
-    middles = [(a + b) / 2 for a, b in zip(FP4_CODES, FP4_CODES[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(FP4_CODES)]
     near = [np.nextafter(np.float32(m), np.float32(d)) for m in middles for d in (0, 99)]
     y = np.array([*FP4_CODES, *middles, *near, *np.linspace(0, 12, 2401)], dtype=np.float32)
     y = np.concatenate([[12.0], y, -y]).astype(np.float32)  # absmax 12 makes the scale 1
