@@ -14,7 +14,10 @@ from types import ModuleType
 
 from tvm.tirx import PrimFunc
 
+from compiler.quick_macros import install
 from schedules.targets import TARGETS, TargetSpec
+
+install()  # before a schedule is parsed
 
 OPAQUE = 8  # relax's OpPatternKind: FuseOps leaves the function alone
 
