@@ -66,10 +66,13 @@ class Output:
         for j in range(0, valid - 7, 8):
             self._store_vector(m, n0 + j, T.cast(sums(j, 8), "float32x8"))
         for j in range(valid // 8 * 8, valid):
-            scale = self.scale[m] * self.w_scale[n0 + j]
-            extra = self.extra[m, n0 + j] if self.end.extra else None
-            y = self.end.value(T.cast(sums(j, 1), "float32"), scale, extra)
-            T.buffer_store(self.out, y, [m, n0 + j])
+            self.store_one(m, n0 + j, sums(j, 1))
+
+    def store_one(self, m, j, acc: Expr) -> None:
+        """out[m, j] from its int32 sum"""
+        extra = self.extra[m, j] if self.end.extra else None
+        y = self.end.value(T.cast(acc, "float32"), self.scale[m] * self.w_scale[j], extra)
+        T.buffer_store(self.out, y, [m, j])
 
     def _store_vector(self, m, j, acc: Expr) -> None:
         at = T.ramp(j, 1, 8)

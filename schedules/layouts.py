@@ -1,9 +1,9 @@
-"""Packed layouts of ternary weights: where each weight of int8[N, K] lies in the bytes a kernel reads.
+"""Packed layouts of ternary weights: where a weight of int8[N, K] lies in the bytes of a kernel.
 
     layout       | shape u8                 | element
     rows_2bit    | (N, ceil(K/4))           | bits 2i.. of byte j = w[n, 4j+i] + 1
-    pair_nibble  | (ceil(N/64), P, 32)      | low nibble of byte j = 3(w[n, 2p]+1) + w[n, 2p+1]+1 for
-                 |                          | n = 64b+j; high nibble for row 64b+32+j
+    pair_nibble  | (ceil(N/64), P, 32)      | low nibble of byte j = 3(w[n, 2p]+1) + w[n, 2p+1]+1
+                 |                          | for n = 64b+j; high nibble for row 64b+32+j
     columns_2bit | (K, ceil(N/128), 32)     | bits 2f.. of byte j = w[128b+32f+j, k] + 1
 
 P = ceil(K/2) rounded up to a multiple of 7, the pairs that an 8-bit sum holds. N and K are padded

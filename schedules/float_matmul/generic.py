@@ -1,9 +1,9 @@
-"""float_matmul on any CPU: output-stationary, a row of float16 weights is widened once for all of M.
+"""float_matmul on any CPU: output-stationary, a row of float16 weights is widened once for all M.
 
     for n in N:                                  parallel
         wide[K] = float32(w[n, :])               4 K bytes, in L1
         for m in M:
-            acc[LANES] += x[m, :] * wide[:]      LANES sums, so that additions do not wait for each other
+            acc[LANES] += x[m, :] * wide[:]      LANES sums that do not wait for each other
             out[m, n] = sum(acc)
 
     tile  | value               | bound by
@@ -15,8 +15,8 @@ processors without a conversion instruction; infinities and NaN do not occur in 
 Measured: not yet.
 """
 
-from tvm.script import tirx as T
 from tvm.ir import Expr
+from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
 from schedules.targets import TargetSpec

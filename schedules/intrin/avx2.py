@@ -1,4 +1,4 @@
-"""AVX2 instructions used from TVMScript, one function each; vectors are 32 bytes unless a name says half.
+"""AVX2 instructions used from TVMScript, one function each; 32 bytes unless a name says half.
 
 `a[x]` below is lane x. A "128-bit lane" is one of the two halves of a register, which most of AVX2
 treats apart. https://www.intel.com/content/www/us/en/docs/intrinsics-guide
@@ -40,7 +40,7 @@ def lookup(table: Expr, index: Expr) -> Expr:
 
 
 def add_bytes(a: Expr, b: Expr) -> Expr:
-    """vpaddusb, for sums that do not saturate: LLVM re-trees plain additions, which costs registers."""
+    """vpaddusb, for sums below 256: LLVM re-trees plain additions, which costs registers."""
     return T.call_llvm_pure_intrin("uint8x32", "llvm.uadd.sat", a, b)
 
 
@@ -64,13 +64,18 @@ def sign_half(a: Expr, b: Expr) -> Expr:
 
 
 def multiply_add_bytes(unsigned: Expr, signed: Expr) -> Expr:
-    """vpmaddubsw: int16 out[j] = u[2j] * s[2j] + u[2j+1] * s[2j+1], saturating; codes to 2 stay below 513."""
+    """vpmaddubsw: int16 out[j] = u[2j] * s[2j] + u[2j+1] * s[2j+1], saturating."""
     return T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", unsigned, signed)
 
 
 def multiply_add_words(a: Expr, b: Expr) -> Expr:
     """vpmaddwd: int32 out[j] = a[2j] * b[2j] + a[2j+1] * b[2j+1]."""
     return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
+
+
+def sum_lanes(vector: Expr) -> Expr:
+    """The int32 sum of all lanes."""
+    return T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", vector)
 
 
 def interleave_low(a: Expr, b: Expr, lanes: int) -> Expr:

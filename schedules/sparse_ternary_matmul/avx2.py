@@ -1,9 +1,9 @@
-"""sparse_ternary_matmul on AVX2: the walk of ternary_matmul over a list of columns, active ones only.
+"""sparse_ternary_matmul on AVX2: ternary_matmul's walk over a list of columns, active ones only.
 
     for thread in threads:                          parallel, a share of the blocks each
         M < 4, or few active columns:
-            for stripe in share:                    all of it for M < 4, else 64 bytes of a column:
-                for m in M:                         a stripe of all columns is near L2 for the next row
+            for stripe in share:                    all of it for M < 4, else 64 bytes a column:
+                for m in M:                         the stripe is near for the next row
                     list the active columns         or all, where most are active
                     walk(list, stripe)              any two columns make a pair
         else: tiled as ternary_matmul
@@ -84,7 +84,9 @@ def kernel(n: int, k: int, target: TargetSpec) -> PrimFunc:
                         for m in T.serial(height):
                             listed = T.if_then_else(count[m] < most, count[m], k)
                             if count[m] < most:
-                                list_columns(column, qs, total, q, m, listed, lambda i: index[m, i])
+                                list_columns(
+                                    column, qs, total, q, m, listed, lambda i, m=m: index[m, i]
+                                )
                             else:
                                 list_columns(column, qs, total, q, m, listed, lambda i: i)
                             walk(sum32, sum16, w, column, qs, listed, b, width)

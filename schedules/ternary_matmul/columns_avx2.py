@@ -1,11 +1,11 @@
-"""ternary_matmul with 8-bit activations on AVX2: two columns' codes side by side, multiplied and added.
+"""ternary_matmul with 8-bit activations on AVX2: codes of two columns, multiplied and added.
 
 A block is 128 outputs, 32 bytes of a column. Bytes of two columns are interleaved, a 2-bit field
 of them is 16 outputs' codes {0, 1, 2} for both columns, and `vpmaddubsw` with the pair of
 activations adds code * q of both; sum(q) is taken off at the end.
 
     for thread in threads:                          parallel, a share of the blocks each
-        M < 4:  for m in M:                         walk: weights-stationary nowhere, read once
+        M < 4:  for m in M:                         walk: a column is read once, from end to end
             for drain in columns/120:               sum32[share, 128]: L1
                 for group of 8 columns in 15:       eight runs of memory, each a share long
                     for b in share:                 sum16[share, 8, 16]: L1; 8 registers within
@@ -24,7 +24,7 @@ activations adds code * q of both; sum(q) is taken off at the end.
     60 pairs   | 60 * 512    | int16: a pair adds at most 2 * 128 * 2
     4 pairs    | 8 columns   | runs of memory at once; loads of sum16 a pair
     4 rows     | 2 x 4 sums  | 16 registers: 8 sums, 2 codes, 4 activations
-    TILE_M     | of l2_bytes | activations of a tile of rows in half of L2
+    TILE_M     | of l2_bytes | activations and sums of a tile of rows in half of L2
 
 Measured: not yet.
 """
@@ -81,7 +81,7 @@ def clear_rows(buffer, rows, columns: int, dtype: str, lanes: int):
 
 
 def list_columns(column, qs, total, q, m, count, column_of):
-    """column[i] and qs[i] for i in count, padded to whole groups with zero activations; total = their sum"""
+    """column[i], qs[i] for i in count, zero activations up to whole groups; total = their sum"""
     T.buffer_store(total, T.int32(0), [0])
     with T.serial(count) as i:
         T.buffer_store(column, column_of(i), [i])
@@ -186,7 +186,7 @@ def tile_block(output, w, qs, totals, unpacked, sum32, m, b, rows, height, k):
 
 def tile_rows(output, q, w, rows, first, blocks, k, l2_bytes):
     """All rows of q, tile by tile, for `blocks` blocks from `first` on"""
-    tile_m = max(WIDE, l2_bytes // 2 // padded(k) // WIDE * WIDE)
+    tile_m = max(WIDE, l2_bytes // 2 // (padded(k) + 4 * BLOCK) // WIDE * WIDE)
     qs = T.alloc_buffer((tile_m, padded(k)), "int8")
     totals = T.alloc_buffer((tile_m,), "int32")
     unpacked = T.alloc_buffer((PAIRS_PER_DRAIN, 2 * FIELDS, 32), "uint8")

@@ -1,4 +1,4 @@
-"""ternary_matmul with 4-bit activations on AVX2: two weights are a nibble, a look-up is 64 products.
+"""ternary_matmul with 4-bit activations on AVX2: two weights are a nibble, a look-up 64 products.
 
 Output-stationary. The nine sums of two activations and two ternary weights, plus 16, are a table of
 bytes; `vpshufb` looks 32 outputs' sums up at once, and seven of them fit a byte.

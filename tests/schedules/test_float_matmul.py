@@ -10,7 +10,7 @@ pytestmark = pytest.mark.parametrize("target", EVERY_TARGET)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 15, 17, 33, 64, 127, 512, 2563])
-@pytest.mark.parametrize("n", [1, 3, 65])
+@pytest.mark.parametrize("n", [1, 65])
 def test_shapes(target, n, k):
     run = compiled(module("float_matmul", target).kernel(n, k, target), target)
     rng = np.random.default_rng(k)
@@ -25,7 +25,7 @@ def test_shapes(target, n, k):
 
 
 def test_every_float16(target):
-    """One column and x = 1: out is the weight, for all finite values, subnormals and -0 included."""
+    """One column and x = 1: out is the weight, for all finite ones, subnormals and -0 included."""
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = bits.view(np.float16)
     w = values[np.isfinite(values)].reshape(-1, 1)

@@ -15,7 +15,7 @@ def test_detect_native(flags, name):
 
 
 def test_find_names_what_is_possible():
-    with pytest.raises(ValueError, match="asked for 'vax'; possible: generic, x86-avx2.*, native"):
+    with pytest.raises(ValueError, match=r"asked for 'vax'; possible: generic, x86-avx2.*, native"):
         find("vax")
     assert find("native") in TARGETS.values()
 

@@ -39,7 +39,7 @@ def test_sum_is_exact(target, act_bits, n, k):
 
 @ACT_BITS
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n, k", [(130, 4095), (65, 6912), (64, 16384)])
+@pytest.mark.parametrize("n, k", [(130, 4095), (65, 6912)])
 def test_extremes(target, act_bits, kind, n, k):
     run = ternary_matmul(target, n, k, act_bits, "scale")
     for sign in ("plus", "minus", "random"):
@@ -77,7 +77,7 @@ def test_glu(target, act_bits, n, k):
         np.testing.assert_array_equal(run((q, scale), w, w_scale, gate), expected)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     n=st.integers(1, 200),
     k=st.integers(1, 300),

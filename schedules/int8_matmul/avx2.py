@@ -1,0 +1,114 @@
+"""int8_matmul on AVX2: rows of the table stream past activations that stay, as 16-bit products.
+
+    for thread in threads:                              parallel, a share of the table's rows each
+        for m0 in M/TILE_M:
+            wide[TILE_M, K]                             int16: L2, each thread its own
+            for n in share, by STREAMS:
+                for m in tile, by ROWS:
+                    for k in K/16:                      S * R registers of sums
+                        sums += multiply_add(widen(w[n, k : k + 16]), wide[m, k : k + 16])
+                    out[m, n] = sum of lanes, and of the K % 16 columns left
+
+    tile (S, R) | value        | bound by
+    M = 1       | (4, 1)       | four streams of cold table
+    M > 1       | (2, 4)       | 16 registers: 8 sums, 2 weights, activations from memory
+    TILE_M      | of l2_bytes  | activations of a tile of rows in half of L2
+
+A product is at most 2**14, so a lane of int32 holds K to 2**18 and a sum K to 2**17.
+Measured: not yet.
+"""
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc, Var
+
+from schedules.epilogue import EPILOGUES, Output
+from schedules.intrin import avx2, threads
+from schedules.targets import TargetSpec
+
+LANES = 16  # int16 in a register
+STREAMS = 4  # rows of the table at once, one row of activations
+PAIR = 2  # rows of the table at once, ROWS rows of activations
+ROWS = 4
+
+
+def widen_rows(wide, q, m, rows, height, k):
+    """wide[:height] = rows of q from m on, zeros past `rows`"""
+    with T.serial(height) as r:
+        with T.If(r < rows):
+            with T.Then(), T.serial(k) as i:
+                T.buffer_store(wide, T.cast(q[m + r, i], "int16"), [r, i])
+            with T.Else(), T.serial(k) as i:
+                T.buffer_store(wide, T.int16(0), [r, i])
+
+
+def lane_sums(lanes, w, wide, n, r, k, streams, rows):
+    """lanes[stream * rows + row, 8] = sums over the whole vectors of K"""
+    avx2.clear(lanes, streams * rows, "int32", 8)
+    with T.serial(k // LANES) as v:
+        for s in range(streams):
+            weights = avx2.load(w, n + s, LANES * v, lanes=LANES)
+            weights = T.Bind(T.cast(weights, "int16x16"))
+            for t in range(rows):
+                activations = avx2.load(wide, r + t, LANES * v, lanes=LANES)
+                product = avx2.multiply_add_words(weights, activations)
+                avx2.add(lanes, s * rows + t, 0, value=product, lanes=8)
+
+
+def tile(output, w, wide, n, m0, r, height, k, streams, rows):
+    """out of `streams` rows of the table and `rows` rows from m0 + r on, of which `height` exist"""
+    lanes = T.alloc_buffer((streams * rows, 8), "int32", scope="local")
+    rest = T.alloc_buffer((1,), "int32", scope="local")
+    lane_sums(lanes, w, wide, n, r, k, streams, rows)
+    with T.serial(streams) as s, T.serial(T.min(rows, height - r)) as t:
+        T.buffer_store(rest, T.int32(0), [0])
+        with T.serial(k % LANES) as i:
+            at = k // LANES * LANES + i
+            product = T.cast(w[n + s, at], "int32") * T.cast(wide[r + t, at], "int32")
+            T.buffer_store(rest, rest[0] + product, [0])
+        total = avx2.sum_lanes(avx2.load(lanes, s * rows + t, 0, lanes=8)) + rest[0]
+        output.store_one(m0 + r + t, n + s, total)
+
+
+def kernel(n: int, k: int, target: TargetSpec) -> PrimFunc:
+    end = EPILOGUES["scale"]
+    tile_m = max(ROWS, target.l2_bytes // 2 // (2 * k) // ROWS * ROWS)
+    rows = Var("M", "int64")
+
+    @T.prim_func(s_tir=True)
+    def int8_matmul(
+        q: T.Buffer((rows, k), "int8"),
+        scale: T.Buffer((rows,), "float32"),
+        w: T.Buffer((n, k), "int8"),
+        w_scale: T.Buffer((n,), "float32"),
+        out: T.Buffer((rows, n), "float32"),
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        output = T.meta_var(Output(end, n, scale, w_scale, None, out))
+        with T.sblock("root"):
+            tasks = T.min(threads.count(), n)
+            for task in T.parallel(tasks):
+                wide = T.alloc_buffer((tile_m, k), "int16")
+                first = threads.share(n, task, tasks)
+                last = threads.share(n, task + 1, tasks)
+                for tile_index in T.serial(T.ceildiv(T.cast(rows, "int32"), tile_m)):
+                    m0 = T.meta_var(tile_index * tile_m)
+                    height = T.min(T.cast(rows, "int32") - m0, tile_m)
+                    if height == 1:
+                        widen_rows(wide, q, m0, 1, 1, k)
+                        for j in T.serial((last - first) // STREAMS):
+                            row = T.meta_var(first + STREAMS * j)
+                            tile(output, w, wide, row, m0, 0, 1, k, STREAMS, 1)
+                        for j in T.serial((last - first) % STREAMS):
+                            tile(output, w, wide, last - 1 - j, m0, 0, 1, k, 1, 1)
+                    else:
+                        groups = T.meta_var(T.ceildiv(height, ROWS))
+                        widen_rows(wide, q, m0, height, groups * ROWS, k)
+                        for j in T.serial((last - first) // PAIR):
+                            row = T.meta_var(first + PAIR * j)
+                            for r in T.serial(groups):
+                                tile(output, w, wide, row, m0, ROWS * r, height, k, PAIR, ROWS)
+                        if (last - first) % PAIR != 0:
+                            for r in T.serial(groups):
+                                tile(output, w, wide, last - 1, m0, ROWS * r, height, k, 1, ROWS)
+
+    return int8_matmul
