@@ -13,7 +13,7 @@ from runtime import Engine
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def artifact(tmp_path_factory) -> Path:
     """The artifact that no test may change."""
     directory = tmp_path_factory.mktemp("artifact")
@@ -27,12 +27,12 @@ def own_artifact(artifact, tmp_path) -> Path:
     return Path(shutil.copytree(artifact, tmp_path / "own"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine(artifact) -> Engine:
     return Engine.load(artifact, threads=1, slots=3)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run_module():
     """run_module("runtime.generate", *arguments, input=b"") -> the finished process, as bytes."""
 

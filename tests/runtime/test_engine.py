@@ -1,6 +1,7 @@
 """The engine on the fake model, whose logits say what follows (fake_model.py)."""
 
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -198,3 +199,17 @@ def test_threads_are_those_of_the_engine(artifact):
     for engine in (one, all_, one):
         engine.prefill([0, 1])
         assert tvm_runtime.load().runtime.num_threads() == engine.threads
+
+
+def test_another_thread_uses_as_many(artifact):
+    """TVM's pool is one of each calling thread, and by default narrower."""
+    engine, found = Engine.load(artifact), []
+
+    def run():
+        engine.prefill([0, 1])
+        found.append(tvm_runtime.load().runtime.num_threads())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [host.usable_cpus()]
