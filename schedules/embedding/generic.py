@@ -13,18 +13,19 @@ Measured: not yet.
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.intrin.vector import each
+from schedules.intrin.vector import each, store
 from schedules.targets import TargetSpec
 
 
 def kernel(vocab: int, k: int, target: TargetSpec) -> PrimFunc:
     @T.inline
     def embed_row(tokens, table, table_scale, y, m):
-        @T.inline
-        def widen(i, j):
-            y[m, i] = T.cast(table[tokens[m], i], "float32") * table_scale[tokens[m]]
-
-        each(k, target.lanes(8), widen)
+        token: T.let = tokens[m]
+        each(
+            k,
+            target.lanes(8),
+            lambda i, j: store(y, (m, i), T.cast(table[token, i], "float32") * table_scale[token]),
+        )
 
     @T.prim_func(s_tir=True)
     def embedding(

@@ -1,6 +1,6 @@
 """exp in float32 by a polynomial: T.exp is a libm call per element.
 
-    e^x = 2^n e^r,   n = rint(x / ln 2),   r = x - n ln 2 in two steps (Cody, Waite),   |r| <= ln 2 / 2
+    e^x = 2^n e^r,  n = rint(x / ln 2),  r = x - n ln 2 in two steps (Cody, Waite), |r| <= ln 2 / 2
     e^r = 1 + r + r^2 P(r),   P of degree 5 (Cephes expf: S. Moshier, netlib.org/cephes)
 
 Within 2 ulp on [-87, 88]; arguments beyond are taken for the nearer end, NaN for either.
@@ -9,7 +9,7 @@ Within 2 ulp on [-87, 88]; arguments beyond are taken for the nearer end, NaN fo
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from schedules.intrin.vector import ROUND_MAGIC
+from schedules.intrin.vector import nearest
 
 LOWEST, HIGHEST = -87.0, 88.0  # so that 2^n and the result are normal floats
 LOG2_E = 1.4426950408889634
@@ -27,13 +27,12 @@ COEFFICIENTS = (
 def exp(x: Expr) -> Expr:
     """Emits bindings in the current frame; scalar or vector."""
     clamped = T.bind(T.max(T.min(x, T.float32(HIGHEST)), T.float32(LOWEST)))
-    shifted = T.bind(clamped * T.float32(LOG2_E) + T.float32(ROUND_MAGIC))
-    n = T.bind(shifted - T.float32(ROUND_MAGIC))
+    power = T.bind(nearest(clamped * T.float32(LOG2_E)))
+    n = T.bind(T.cast(power, "float32"))
     r = T.bind(clamped - n * T.float32(LN2_HIGH) - n * T.float32(LN2_LOW))
     p = T.float32(COEFFICIENTS[0])
     for coefficient in COEFFICIENTS[1:]:
         p = p * r + T.float32(coefficient)
     mantissa = T.bind(p * (r * r) + r + T.float32(1))
-    # n stands in the low bits of `shifted`; the shift drops what stands above it.
-    exponent = T.shift_left(T.reinterpret("int32", shifted), T.int32(23))
+    exponent = T.shift_left(power, T.int32(23))
     return T.reinterpret("float32", T.reinterpret("int32", mantissa) + exponent)

@@ -1,7 +1,8 @@
 """Loops over whole vectors with narrower ones for the rest, and rounding without a library call.
 
-Called while a TVMScript body is parsed; they emit loops around what `body` emits. `rounded` has no
-branch and no call on any target, where `T.nearbyint` on baseline x86-64 is a libm call per element.
+Called while a TVMScript body is parsed; they emit loops around what `body` emits. Bodies are plain
+Python: each call of a `T.inline` walks the interpreter's stack, some 50 ms. `rounded` has no branch
+and no call on any target, where `T.nearbyint` on baseline x86-64 is a libm call per element.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,11 @@ def each(n: int, lanes: int, body: Callable, start: int = 0) -> None:
     each(n, lanes // 2, body, start + whole * lanes)
 
 
+def store(buffer: Buffer, indices: tuple, value: Expr) -> None:
+    """buffer[indices] = value, for bodies."""
+    T.buffer_store(buffer, value, list(indices))
+
+
 def fold(lanes: int, buffer: Buffer, combine: Callable) -> None:
     """buffer[0] = combine over buffer[0:lanes], lanes a power of two, by halves."""
     while lanes > 1:
@@ -42,6 +48,12 @@ def fold(lanes: int, buffer: Buffer, combine: Callable) -> None:
 def rounded(v: Expr, lowest: int, highest: int) -> Expr:
     """int32 of rint(clamp(v)), half to even. The clamp stands between the product that v often
     is and the addition, which thus cannot be contracted into an FMA that would round once."""
-    clamped = T.max(T.min(v, T.float32(highest)), T.float32(lowest))
-    bits = T.reinterpret("int32", clamped + T.float32(ROUND_MAGIC))
-    return bits - T.int32(ROUND_MAGIC_BITS)
+    return nearest(T.max(T.min(v, T.float32(highest)), T.float32(lowest)))
+
+
+def nearest(v: Expr) -> Expr:
+    """int32 of rint(v), |v| <= 2**22; if v is a product it may be rounded once with the addition.
+
+    The subtraction is of integers: TVM simplifies (v + c) - c of floats to v.
+    """
+    return T.reinterpret("int32", v + T.float32(ROUND_MAGIC)) - T.int32(ROUND_MAGIC_BITS)

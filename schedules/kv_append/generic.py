@@ -18,7 +18,7 @@ Measured: not yet.
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.intrin.vector import each, fold, rounded
+from schedules.intrin.vector import each, fold, rounded, store
 from schedules.targets import TargetSpec
 
 LARGEST_SCALE = 65504.0  # of float16; the codes of a larger head saturate
@@ -29,7 +29,7 @@ BOS_BITS = 4  # of position 0 in a 3-bit cache
 def kernel(
     num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: TargetSpec
 ) -> PrimFunc:
-    store = STORES[kv_bits](head_dim, target)
+    write = STORES[kv_bits](head_dim, target)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     code_dtype = "float16" if kv_bits == 16 else "uint8"
 
@@ -37,7 +37,7 @@ def kernel(
     def append_row(codes, scales, qkv, slots, positions, m):
         for kv, h in T.grid(2, num_kv_heads):
             start: T.let = (num_heads + kv * num_kv_heads + h) * head_dim
-            store(codes, scales, qkv, slots[m], h, kv, positions[m], m, start)
+            write(codes, scales, qkv, slots[m], h, kv, positions[m], m, start)
 
     @T.prim_func(s_tir=True)
     def kv_append(
@@ -68,77 +68,100 @@ def kernel(
 
 
 def _half_store(head_dim: int, target: TargetSpec):
-    @T.inline
-    def store(codes, scales, qkv, slot, h, kv, position, m, start):
-        @T.inline
+    def write(codes, scales, qkv, slot, h, kv, position, m, start):
         def narrow(i, j):
-            codes[slot, h, kv, position * head_dim + i] = T.cast(qkv[m, start + i], "float16")
+            at = (slot, h, kv, position * head_dim + i)
+            store(codes, at, T.cast(qkv[m, start + i], "float16"))
 
         each(head_dim, target.lanes(32), narrow)
 
-    return store
+    return write
 
 
 def _packed_store(bits: int, head_dim: int, target: TargetSpec):
-    """store() of one head's row whose bytes begin at `base`."""
+    """write() of one head's row whose bytes begin at `base`."""
     assert head_dim % 8 == 0, f"kv_append: head_dim {head_dim} is no multiple of 8"
     lanes = target.lanes(32)
     qmax = 2 ** (bits - 1) - 1
     pack = {4: _pack_4bit, 3: _pack_3bit}[bits]
 
     @T.inline
-    def store(codes, scales, qkv, slot, h, kv, position, m, start, base):
+    def write(codes, scales, qkv, slot, h, kv, position, m, start, base):
         peaks = T.alloc_buffer((lanes,), "float32", scope="local")
         scale = T.alloc_buffer((1,), "float32", scope="local")
         code = T.alloc_buffer((head_dim,), "uint8", scope="local")
 
-        @T.inline
-        def max_abs(i, j):
-            peaks[j] = T.max(peaks[j], T.abs(qkv[m, start + i]))
-
-        @T.inline
-        def quantize(i, j):
-            q: T.let = rounded(qkv[m, start + i] / scale[0], -qmax, qmax)
-            code[i] = T.cast(q + qmax, "uint8")
-
         for j in T.vectorized(lanes):
             peaks[j] = T.float32(0)
-        each(head_dim, lanes, max_abs)
+        each(
+            head_dim,
+            lanes,
+            lambda i, j: store(peaks, (j,), T.max(peaks[j], T.abs(qkv[m, start + i]))),
+        )
         fold(lanes, peaks, T.max)
         scale[0] = T.min(peaks[0] / T.float32(qmax), T.float32(LARGEST_SCALE))
         scale[0] = T.cast(T.cast(scale[0], "float16"), "float32")
         scale[0] = T.max(scale[0], T.float32(SMALLEST_SCALE))
         scales[slot, h, kv, position] = T.cast(scale[0], "float16")
-        each(head_dim, lanes, quantize)
+        each(
+            head_dim,
+            lanes,
+            lambda i, j: store(code, (i,), quantized(qkv[m, start + i] / scale[0], qmax)),
+        )
         pack(head_dim, target.lanes(8), code, codes, slot, h, kv, base)
 
-    return store
+    return write
+
+
+def quantized(x, qmax: int):
+    return T.cast(rounded(x, -qmax, qmax) + qmax, "uint8")
 
 
 def _4bit_store(head_dim: int, target: TargetSpec):
-    store_4bit = _packed_store(4, head_dim, target)
+    write_4bit = _packed_store(4, head_dim, target)
 
     @T.inline
-    def store(codes, scales, qkv, slot, h, kv, position, m, start):
+    def write(codes, scales, qkv, slot, h, kv, position, m, start):
         base: T.let = position * (head_dim // 2)
-        store_4bit(codes, scales, qkv, slot, h, kv, position, m, start, base)
+        write_4bit(codes, scales, qkv, slot, h, kv, position, m, start, base)
 
-    return store
+    return write
 
 
 def _3bit_store(head_dim: int, target: TargetSpec):
-    store_bos = _packed_store(BOS_BITS, head_dim, target)
-    store_3bit = _packed_store(3, head_dim, target)
+    write_bos = _packed_store(BOS_BITS, head_dim, target)
+    write_3bit = _packed_store(3, head_dim, target)
 
     @T.inline
-    def store(codes, scales, qkv, slot, h, kv, position, m, start):
+    def write(codes, scales, qkv, slot, h, kv, position, m, start):
         if position == 0:
-            store_bos(codes, scales, qkv, slot, h, kv, position, m, start, 0)
+            write_bos(codes, scales, qkv, slot, h, kv, position, m, start, 0)
         else:
             base: T.let = head_dim // 2 + (position - 1) * (3 * head_dim // 8)
-            store_3bit(codes, scales, qkv, slot, h, kv, position, m, start, base)
+            write_3bit(codes, scales, qkv, slot, h, kv, position, m, start, base)
 
-    return store
+    return write
+
+
+def _pack_4bit(head_dim: int, lanes: int, code, codes, slot, h, kv, base) -> None:
+    def nibbles(i, j):
+        byte = gathered(code, head_dim, 2, i, lambda c: c)
+        store(codes, (slot, h, kv, base + i), byte)
+
+    each(head_dim // 2, lanes, nibbles)
+
+
+def _pack_3bit(head_dim: int, lanes: int, code, codes, slot, h, kv, base) -> None:
+    def low_bits(i, j):
+        byte = gathered(code, head_dim, 4, i, lambda c: c & T.uint8(3))
+        store(codes, (slot, h, kv, base + i), byte)
+
+    def high_bit(i, j):
+        byte = gathered(code, head_dim, 8, i, lambda c: c >> T.uint8(2))
+        store(codes, (slot, h, kv, base + head_dim // 4 + i), byte)
+
+    each(head_dim // 4, lanes, low_bits)
+    each(head_dim // 8, lanes, high_bit)
 
 
 def gathered(code, head_dim: int, planes: int, i, field):
@@ -147,31 +170,6 @@ def gathered(code, head_dim: int, planes: int, i, field):
     for f in range(1, planes):
         byte = byte | field(code[i + f * head_dim // planes]) << T.uint8(f * 8 // planes)
     return byte
-
-
-@T.inline
-def _pack_4bit(head_dim, lanes, code, codes, slot, h, kv, base):
-    @T.inline
-    def nibbles(i, j):
-        codes[slot, h, kv, base + i] = code[i] | code[head_dim // 2 + i] << T.uint8(4)
-
-    each(head_dim // 2, lanes, nibbles)
-
-
-@T.inline
-def _pack_3bit(head_dim, lanes, code, codes, slot, h, kv, base):
-    @T.inline
-    def low_bits(i, j):
-        codes[slot, h, kv, base + i] = gathered(code, head_dim, 4, i, lambda c: c & T.uint8(3))
-
-    @T.inline
-    def high_bit(i, j):
-        codes[slot, h, kv, base + head_dim // 4 + i] = gathered(
-            code, head_dim, 8, i, lambda c: c >> T.uint8(2)
-        )
-
-    each(head_dim // 4, lanes, low_bits)
-    each(head_dim // 8, lanes, high_bit)
 
 
 STORES = {16: _half_store, 4: _4bit_store, 3: _3bit_store}

@@ -19,7 +19,7 @@ import operator
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.intrin.vector import each, fold, rounded
+from schedules.intrin.vector import each, fold, rounded, store
 from schedules.targets import TargetSpec
 
 SMALLEST_STAT = 1e-5  # of a mean or a maximum, before it becomes a scale
@@ -47,12 +47,11 @@ def kernel(quantizer: str | None, k: int, eps: float, target: TargetSpec) -> Pri
         facts[1] = T.max(facts[1], T.float32(SMALLEST_STAT))
         scale[m] = to_scale(facts[1])
         facts[2] = to_factor(facts[1])
-
-        @T.inline
-        def quantize(i, j):
-            q[m, i] = to_code(normed(x, gain, facts, m, i), facts[2])
-
-        each(k, lanes, quantize)
+        each(
+            k,
+            lanes,
+            lambda i, j: store(q, (m, i), to_code(normed(x, gain, facts, m, i), facts[2])),
+        )
 
     @T.prim_func(s_tir=True)
     def rms_norm(x_: T.handle, gain: T.Buffer((k,), "float32"), q_: T.handle, scale_: T.handle):
@@ -78,12 +77,7 @@ def _float_kernel(k: int, eps: float, lanes: int) -> PrimFunc:
         facts = T.alloc_buffer((1,), "float32", scope="local")
 
         write_rstd(x, m, k, eps, lanes, sums, facts)
-
-        @T.inline
-        def store(i, j):
-            h[m, i] = normed(x, gain, facts, m, i)
-
-        each(k, lanes, store)
+        each(k, lanes, lambda i, j: store(h, (m, i), normed(x, gain, facts, m, i)))
 
     @T.prim_func(s_tir=True)
     def rms_norm(x_: T.handle, gain: T.Buffer((k,), "float32"), h_: T.handle):
@@ -105,17 +99,16 @@ def normed(x, gain, facts, m, i):
     return x[m, i] * facts[0] * gain[i]
 
 
+def squared(x):
+    return T.cast(x, "float64") * T.cast(x, "float64")
+
+
 @T.inline
 def write_rstd(x, m, k, eps, lanes, sums, facts):
     """facts[0] = 1 / rms of the row."""
-
-    @T.inline
-    def add_square(i, j):
-        sums[j] = sums[j] + T.cast(x[m, i], "float64") * T.cast(x[m, i], "float64")
-
     for j in T.vectorized(lanes):
         sums[j] = T.float64(0)
-    each(k, lanes, add_square)
+    each(k, lanes, lambda i, j: store(sums, (j,), sums[j] + squared(x[m, i])))
     fold(lanes, sums, operator.add)
     facts[0] = T.cast(T.float64(1) / T.sqrt(sums[0] / T.float64(k) + T.float64(eps)), "float32")
 
@@ -123,14 +116,15 @@ def write_rstd(x, m, k, eps, lanes, sums, facts):
 @T.inline
 def write_mean(x, gain, m, k, lanes, sums, peaks, facts):
     """facts[1] = mean |h|."""
-
-    @T.inline
-    def add_abs(i, j):
-        sums[j] = sums[j] + T.cast(T.abs(normed(x, gain, facts, m, i)), "float64")
-
     for j in T.vectorized(lanes):
         sums[j] = T.float64(0)
-    each(k, lanes, add_abs)
+    each(
+        k,
+        lanes,
+        lambda i, j: store(
+            sums, (j,), sums[j] + T.cast(T.abs(normed(x, gain, facts, m, i)), "float64")
+        ),
+    )
     fold(lanes, sums, operator.add)
     facts[1] = T.cast(sums[0] / T.float64(k), "float32")
 
@@ -138,14 +132,13 @@ def write_mean(x, gain, m, k, lanes, sums, peaks, facts):
 @T.inline
 def write_max(x, gain, m, k, lanes, sums, peaks, facts):
     """facts[1] = max |h|."""
-
-    @T.inline
-    def max_abs(i, j):
-        peaks[j] = T.max(peaks[j], T.abs(normed(x, gain, facts, m, i)))
-
     for j in T.vectorized(lanes):
         peaks[j] = T.float32(0)
-    each(k, lanes, max_abs)
+    each(
+        k,
+        lanes,
+        lambda i, j: store(peaks, (j,), T.max(peaks[j], T.abs(normed(x, gain, facts, m, i)))),
+    )
     fold(lanes, peaks, T.max)
     facts[1] = peaks[0]
 

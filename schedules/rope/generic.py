@@ -16,7 +16,7 @@ Measured: not yet.
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.intrin.vector import each
+from schedules.intrin.vector import each, store
 from schedules.targets import TargetSpec
 
 
@@ -28,28 +28,21 @@ def kernel(
     rotated = num_heads + num_kv_heads
     width = (rotated + num_kv_heads) * head_dim
 
-    @T.inline
-    def rotate_head(qkv, cos, sin, positions, y, m, start):
-        @T.inline
+    def rotate_head(qkv, cos, sin, y, m, position, start):
         def rotate(i, j):
-            low: T.let = T.cast(qkv[m, start + i], "float64")
-            high: T.let = T.cast(qkv[m, start + half + i], "float64")
-            c: T.let = T.cast(cos[positions[m], i], "float64")
-            s: T.let = T.cast(sin[positions[m], i], "float64")
-            y[m, start + i] = T.cast(low * c - high * s, "float32")
-            y[m, start + half + i] = T.cast(high * c + low * s, "float32")
+            low, high = (T.bind(T.cast(qkv[m, start + d], "float64")) for d in (i, half + i))
+            c, s = (T.bind(T.cast(table[position, i], "float64")) for table in (cos, sin))
+            store(y, (m, start + i), T.cast(low * c - high * s, "float32"))
+            store(y, (m, start + half + i), T.cast(high * c + low * s, "float32"))
 
         each(half, lanes, rotate)
 
     @T.inline
     def rope_row(qkv, cos, sin, positions, y, m):
-        @T.inline
-        def copy(i, j):
-            y[m, i] = qkv[m, i]
-
+        position: T.let = positions[m]
         for h in T.serial(rotated):
-            rotate_head(qkv, cos, sin, positions, y, m, h * head_dim)
-        each(width, lanes, copy, start=rotated * head_dim)
+            rotate_head(qkv, cos, sin, y, m, position, h * head_dim)
+        each(width, lanes, lambda i, j: store(y, (m, i), qkv[m, i]), start=rotated * head_dim)
 
     @T.prim_func(s_tir=True)
     def rope(

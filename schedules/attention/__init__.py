@@ -1,0 +1,1 @@
+"""attention: a step's queries against the packed KV cache."""

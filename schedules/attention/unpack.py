@@ -1,0 +1,72 @@
+"""Rows of the packed KV cache to float32, one row of D codes at a time; scales are not applied.
+
+unpacker(kv_bits, ...) gives row(codes, slot, head, kv, position, block, j), which writes into
+block[j, :D] code - qmax, or the float16 values themselves at 16 bits. The layout is in
+docs/architecture.md, "KV cache".
+"""
+
+from tvm.script import tirx as T
+
+from schedules.intrin.vector import each, store
+from schedules.targets import TargetSpec
+
+
+def unpacker(kv_bits: int, head_dim: int, target: TargetSpec):
+    assert kv_bits == 16 or head_dim % 8 == 0, f"head_dim {head_dim} is no multiple of 8"
+    return {16: _halves, 4: _nibbles, 3: _planes}[kv_bits](head_dim, target)
+
+
+def _halves(head_dim: int, target: TargetSpec):
+    def row(codes, slot, head, kv, position, block, j):
+        def widen(i, lane):
+            half = codes[slot, head, kv, position * head_dim + i]
+            store(block, (j, i), T.cast(half, "float32"))
+
+        each(head_dim, target.lanes(32), widen)
+
+    return row
+
+
+def _nibbles(head_dim: int, target: TargetSpec):
+    half = head_dim // 2
+
+    def row(codes, slot, head, kv, position, block, j):
+        def split(i, lane):
+            byte = T.bind(codes[slot, head, kv, position * half + i])
+            store(block, (j, i), centred(byte & T.uint8(15), 7))
+            store(block, (j, half + i), centred(byte >> T.uint8(4), 7))
+
+        each(half, target.lanes(8), split)
+
+    return row
+
+
+def _planes(head_dim: int, target: TargetSpec):
+    """3 bits, but for the bos row, which is one of nibbles."""
+    bos_row = _nibbles(head_dim, target)
+    plane = head_dim // 8
+
+    def planes_row(codes, slot, head, kv, base, block, j):
+        def join(i, lane):
+            # The low bits of the even planes, those of the odd ones, the high bits of all eight.
+            *low, high = (T.bind(codes[slot, head, kv, base + b * plane + i]) for b in range(3))
+            for f in range(8):
+                low_bits = low[f % 2] >> T.uint8(f // 2 * 2) & T.uint8(3)
+                high_bit = (high >> T.uint8(f) & T.uint8(1)) << T.uint8(2)
+                store(block, (j, f * plane + i), centred(low_bits | high_bit, 3))
+
+        each(plane, target.lanes(8), join)
+
+    @T.inline
+    def row(codes, slot, head, kv, position, block, j):
+        if position == 0:
+            bos_row(codes, slot, head, kv, position, block, j)
+        else:
+            base: T.let = head_dim // 2 + (position - 1) * (3 * plane)
+            planes_row(codes, slot, head, kv, base, block, j)
+
+    return row
+
+
+def centred(code, qmax: int):
+    return T.cast(T.cast(code, "int8") - T.int8(qmax), "float32")
