@@ -6,8 +6,10 @@ b1.58-2B-4T (arXiv 2504.12285), the model trained in this repository and a tiny 
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 VARIANTS = ("a4.8", "b1.58", "llama")
 ACTIVATION_FORMATS = ("int4", "fp4")
@@ -15,6 +17,11 @@ KV_BITS = (16, 4, 3)
 MODEL_TYPES = ("bitnet", "llama")
 QUANTIZATION_MODES = ("online", "offline")  # transformers: latent weights | packed ternary ones
 CONFIG_NAME = "config.json"
+# What transformers means by a field that config.json leaves out; ours always write all of theirs.
+_TRANSFORMERS_DEFAULTS = {
+    "bitnet": {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    "llama": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+}
 
 
 class ConfigError(ValueError):
@@ -45,6 +52,7 @@ class ModelConfig:
     eos_token_id: int = 2
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.head_dim and self.num_attention_heads > 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
             self._require(
@@ -57,12 +65,23 @@ class ModelConfig:
         self._require_one_of("kv_bits", KV_BITS)
         self._check_sizes()
 
+    def _check_types(self) -> None:
+        wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), cast(type, field.type)
+            if kind is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, field.name, value)
+            good = type(value) is kind and (type(value) is not float or math.isfinite(value))
+            self._require(good, f"{field.name} must be {wanted[kind]}, found {value!r}")
+
     def _check_sizes(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and not field.name.endswith("token_id"):
-                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
-                self._require(good, f"{field.name} must be a positive integer, found {value!r}")
+                self._require(
+                    value > 0, f"{field.name} must be a positive integer, found {value!r}"
+                )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         self._require(
             heads % kv_heads == 0,
@@ -81,13 +100,13 @@ class ModelConfig:
         for field_name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, field_name)
             self._require(
-                isinstance(value, int) and 0 <= value < self.vocab_size,
+                0 <= value < self.vocab_size,
                 f"{field_name} must be below vocab_size {self.vocab_size}, found {value!r}",
             )
 
     def _require(self, good: bool, problem: str) -> None:
         if not good:
-            raise ConfigError(f"config '{self.name}': {problem}")
+            raise ConfigError(f"config {self.name!r}: {problem}")
 
     def _require_one_of(self, field_name: str, possible: tuple) -> None:
         value = getattr(self, field_name)
@@ -140,7 +159,7 @@ class ModelConfig:
         if quantization_mode is not None:
             if quantization_mode not in QUANTIZATION_MODES:
                 raise ConfigError(
-                    f"config '{self.name}': quantization_mode {quantization_mode!r} is unknown; "
+                    f"config {self.name!r}: quantization_mode {quantization_mode!r} is unknown; "
                     f"has {list(QUANTIZATION_MODES)}"
                 )
             values["quantization_config"] = {
@@ -171,34 +190,46 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict, default_name: str = "model") -> "ModelConfig":
         """From the object in config.json; missing fields take transformers' meaning."""
+        values = {key: value for key, value in values.items() if value is not None}
         values = {"name": default_name} | values
         kind = values.get("model_type")
         if kind not in MODEL_TYPES:
             raise ConfigError(f"config: model_type {kind!r} is unknown; has {list(MODEL_TYPES)}")
+        for flag in ("attention_bias", "mlp_bias"):
+            if values.get(flag):
+                raise ConfigError(f"config {values['name']!r}: {flag} is unknown; has no biases")
         values.setdefault("variant", "llama" if kind == "llama" else "b1.58")
-        activation = "silu" if values["variant"] == "llama" else "relu2"
+        if (values["variant"] == "llama") != (kind == "llama"):
+            raise ConfigError(
+                f"config {values['name']!r}: variant {values['variant']!r} is unknown for "
+                f"model_type {kind!r}"
+            )
+        activation = "silu" if kind == "llama" else "relu2"
         if values.get("hidden_act", activation) != activation:
             raise ConfigError(
-                f"config '{values['name']}': hidden_act {values['hidden_act']!r} is unknown for "
+                f"config {values['name']!r}: hidden_act {values['hidden_act']!r} is unknown for "
                 f"variant {values['variant']!r}; has ['{activation}']"
             )
         _read_rope(values)
+        values = _TRANSFORMERS_DEFAULTS[kind] | values
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
         names = {field.name for field in dataclasses.fields(cls)}
-        known = {key: value for key, value in values.items() if key in names and value is not None}
+        known = {key: value for key, value in values.items() if key in names}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         if missing := sorted(required - known.keys()):
-            raise ConfigError(f"config '{values['name']}': missing {', '.join(missing)}")
+            raise ConfigError(f"config {values['name']!r}: missing {', '.join(missing)}")
         return cls(**known)
 
 
 def _read_rope(values: dict) -> None:
     """Move rope_theta out of transformers 5's `rope_parameters`; refuse scaled RoPE."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"config {values['name']!r}: rope_parameters must be an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise ConfigError(
-            f"config '{values['name']}': rope_type {rope_type!r} is unknown; has ['default']"
+            f"config {values['name']!r}: rope_type {rope_type!r} is unknown; has ['default']"
         )
     if "rope_theta" in rope:
         values.setdefault("rope_theta", rope["rope_theta"])
