@@ -54,7 +54,7 @@ class Output:
     extra: Any  # f32[M, N]
     out: Any  # f32[M, N]
 
-    def store(self, m, b, block: int, sums: Callable[[int, int], Expr]) -> None:
+    def store(self, m, b, block: int, sums: Callable[[Expr, int], Expr]) -> None:
         """out[m, block * b :][:block], none past N; sums(j, lanes) is int32 from output j on."""
         with T.If(b < self.n // block):
             with T.Then():
@@ -63,9 +63,10 @@ class Output:
                 self._store(m, block * b, self.n % block, sums)
 
     def _store(self, m, n0, valid: int, sums) -> None:
-        for j in range(0, valid - 7, 8):
-            self._store_vector(m, n0 + j, T.cast(sums(j, 8), "float32x8"))
-        for j in range(valid // 8 * 8, valid):
+        with T.serial(valid // 8) as g:
+            self._store_vector(m, n0 + 8 * g, T.cast(sums(8 * g, 8), "float32x8"))
+        with T.serial(valid % 8) as i:
+            j = valid // 8 * 8 + i
             self.store_one(m, n0 + j, sums(j, 1))
 
     def store_one(self, m, j, acc: Expr) -> None:

@@ -44,6 +44,11 @@ def add_bytes(a: Expr, b: Expr) -> Expr:
     return T.call_llvm_pure_intrin("uint8x32", "llvm.uadd.sat", a, b)
 
 
+def add_words(a: Expr, b: Expr) -> Expr:
+    """vpaddsw on int16, for sums that do not saturate: kept in order, as `add_bytes`."""
+    return T.call_llvm_pure_intrin("int16x16", "llvm.sadd.sat", a, b)
+
+
 def low_nibbles(bytes_: Expr) -> Expr:
     return bytes_ & T.broadcast(T.uint8(15), 32)
 

@@ -92,14 +92,13 @@ def list_columns(column, qs, total, q, m, count, column_of):
         T.buffer_store(qs, T.int8(0), [count + i])
 
 
-def walk_group(sum16, w, column, qs, i, first, b):
-    """sum16[b, 8, 16] += what columns i to i + 8 of the list add to block first + b"""
+def walk_group(sum16, w, columns, pairs, first, b):
+    """sum16[b, 8, 16] += what a group of columns adds to block first + b"""
     sums = [T.Bind(avx2.load(sum16, b, 16 * v, lanes=16)) for v in range(2 * FIELDS)]
-    for p in range(GROUP):
-        pair = T.Bind(activation_pair(qs, i + 2 * p))
-        bytes_ = [avx2.load(w, column[i + 2 * p + c], first + b, 0, lanes=32) for c in (0, 1)]
+    for p, pair in enumerate(pairs):
+        bytes_ = [avx2.load(w, column, first + b, 0, lanes=32) for column in columns[2 * p :][:2]]
         for v, code in enumerate(codes(*bytes_)):
-            sums[v] = T.Bind(sums[v] + avx2.multiply_add_bytes(code, pair))
+            sums[v] = T.Bind(avx2.add_words(sums[v], avx2.multiply_add_bytes(code, pair)))
     for v, value in enumerate(sums):
         avx2.store(sum16, b, 16 * v, value=value, lanes=16)
 
@@ -112,8 +111,12 @@ def walk(sum32, sum16, w, column, qs, count, first, blocks):
     with T.serial(T.ceildiv(groups, per_drain)) as d:
         clear_rows(sum16, blocks, BLOCK, "int16", 16)
         with T.serial(T.min(per_drain, groups - d * per_drain)) as g:
+            i = (d * per_drain + g) * 2 * GROUP
+            # as int64, so that the eight addresses are computed once and not for every block
+            columns = [T.Bind(T.cast(column[i + c], "int64")) for c in range(2 * GROUP)]
+            pairs = [T.Bind(activation_pair(qs, i + 2 * p)) for p in range(GROUP)]
             with T.serial(blocks) as b:
-                walk_group(sum16, w, column, qs, (d * per_drain + g) * 2 * GROUP, first, b)
+                walk_group(sum16, w, columns, pairs, first, b)
         with T.serial(blocks) as b:
             for f in range(FIELDS):
                 low, high = (avx2.load(sum16, b, 32 * f + 16 * c, lanes=16) for c in (0, 1))

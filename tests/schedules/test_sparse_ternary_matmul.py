@@ -76,7 +76,7 @@ def test_counts_around_a_group(target):
         check(target, q[m : m + 1], 0, weights("random", 257, k))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     n=st.integers(1, 300),
     k=st.integers(1, 300),
