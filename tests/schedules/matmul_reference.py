@@ -14,7 +14,7 @@ from tests.schedules.compiled import compiled
 # Uneven shares of the blocks, whatever the host has; read when the first parallel loop starts.
 os.environ.setdefault("TVM_NUM_THREADS", "3")
 
-ROWS = (0, 1, 2, 5, 33)
+ROWS = (0, 1, 2, 5, 33, 128)
 # Odd ones, tails of every unit of the kernels, sizes of models, the first K past 16-bit sums.
 SHAPES = [
     (1, 29),

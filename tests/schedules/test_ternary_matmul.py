@@ -28,13 +28,18 @@ ACT_BITS = pytest.mark.parametrize("act_bits", (4, 8))
 
 @ACT_BITS
 @pytest.mark.parametrize("n, k", SHAPES, ids=lambda v: str(v))
-def test_sum_is_exact(target, act_bits, n, k):
+def test_shapes(target, act_bits, n, k):
+    """The sum with scales of one, then the order of the scales' float32 products."""
     run = ternary_matmul(target, n, k, act_bits, "scale")
     w = weights("random", n, k)
     for m in ROWS:
         q = activations("random", m, k, act_bits, seed=m)
+        acc = exact_sum(q, w)
         scale, w_scale = ones(m, n)
-        np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
+        np.testing.assert_array_equal(run((q, scale), w, w_scale), acc)
+        scale, w_scale = scales(m, n)
+        expected = acc * (scale[:, None] * w_scale)
+        np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
 
 
 @ACT_BITS
@@ -51,18 +56,7 @@ def test_extremes(target, act_bits, kind, n, k):
 
 
 @ACT_BITS
-@pytest.mark.parametrize("n, k", [(512, 512), (130, 257), (1, 1)])
-def test_scale_order(target, act_bits, n, k):
-    run = ternary_matmul(target, n, k, act_bits, "scale")
-    w = weights("random", n, k)
-    for m in (1, 5, 128):
-        q, (scale, w_scale) = activations("random", m, k, act_bits, seed=m), scales(m, n)
-        expected = exact_sum(q, w) * (scale[:, None] * w_scale)
-        np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
-
-
-@ACT_BITS
-@pytest.mark.parametrize("n, k", [(512, 512), (130, 257), (1, 1), (320, 64)])
+@pytest.mark.parametrize("n, k", [(130, 257), (321, 64)])
 def test_glu(target, act_bits, n, k):
     run = ternary_matmul(target, n, k, act_bits, "glu")
     w, rng = weights("random", n, k), np.random.default_rng(0)
@@ -77,7 +71,7 @@ def test_glu(target, act_bits, n, k):
         np.testing.assert_array_equal(run((q, scale), w, w_scale, gate), expected)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     n=st.integers(1, 200),
     k=st.integers(1, 300),
