@@ -39,6 +39,15 @@ _NORMS = {
     "ffn_sub_norm": "mlp.ffn_sub_norm",
 }
 
+# What quantization_config may say of ternary weights; the first value is the default.
+_QUANTIZATION: dict[str, tuple] = {
+    "quant_method": ("bitnet",),
+    "linear_class": ("bitlinear", "autobitlinear"),
+    "quantization_mode": ("offline", "online"),
+    "use_rms_norm": (False,),
+    "modules_to_not_convert": (None, [], ["lm_head"]),
+}
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message is one line for the user."""
@@ -75,7 +84,7 @@ class IntegerWeights(Mapping[str, np.ndarray]):
             raw = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
-        quantization = raw.get("quantization_config") or {}
+        quantization = self._check_quantization(raw.get("quantization_config") or {})
         # BitLinear stores 1/mean|W| and divides; AutoBitLinear stores mean|W| and multiplies.
         self._scale_is_inverse = quantization.get("linear_class", "bitlinear") == "bitlinear"
         self._shards = self._open_shards()
@@ -98,23 +107,47 @@ class IntegerWeights(Mapping[str, np.ndarray]):
             tensor = self._make(name)
         except CheckpointError:
             raise
-        except (ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{self.directory}: {name}: {error}") from error
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            line = str(error).partition("\n")[0]
+            raise CheckpointError(f"{self.directory}: {name}: {line}") from error
         if tuple(tensor.shape) != self._shapes[name]:
             raise CheckpointError(
                 f"{self.directory}: {name} is {tuple(tensor.shape)}, "
                 f"config.json asks for {self._shapes[name]}"
             )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{self.directory}: {name} holds NaN or infinity")
         return tensor.contiguous().numpy()
 
-    def _open_shards(self) -> dict[str, Any]:
+    def _check_quantization(self, found: Any) -> dict:
+        """config.json's quantization_config, refused where it asks for what we do not compute."""
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.directory}: quantization_config must be an object")
+        possible = dict(_QUANTIZATION)
+        if not self.config.is_ternary:
+            possible["quant_method"] = (None,)  # a llama of ternary weights has no sub-norms
+        for key, values in possible.items():
+            if found.get(key, values[0]) not in values:
+                raise CheckpointError(
+                    f"{self.directory}: quantization_config: {key} {found[key]!r} is unknown for "
+                    f"variant {self.config.variant!r}; has {list(values)}"
+                )
+        return found
+
+    def _shard_names(self) -> list[str]:
         index = self.directory / INDEX_NAME
-        if index.is_file():
-            files = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        else:
-            files = [WEIGHTS_NAME]
+        if not index.is_file():
+            return [WEIGHTS_NAME]
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if any(Path(name).name != name for name in names):
+                raise ValueError("a shard is not beside it")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: no index of shards ({error})") from error
+        return sorted(names)
+
+    def _open_shards(self) -> dict[str, Any]:
+        files = self._shard_names()
         shards: dict[str, Any] = {}  # tensor name -> the open file that has it
         for file in files:
             path = self.directory / file
@@ -166,12 +199,14 @@ class IntegerWeights(Mapping[str, np.ndarray]):
         weight = self._read(f"{source}.weight")
         if not self.config.is_ternary:
             return weight.half()
-        if weight.dtype != torch.uint8:
+        if weight.dtype != torch.uint8 and f"{source}.weight_scale" not in self._shards:
             codes, alpha = quantizers.ternary_absmean(weight)
             return codes if leaf == "w" else alpha.reshape(1).repeat(weight.shape[0])
         rows = self._rows(source, linear)
         if leaf == "w":
-            return packing.unpack_ternary(weight, rows)
+            if weight.dtype == torch.uint8:
+                return packing.unpack_ternary(weight, rows)
+            return _ternary_floats(weight)
         scale = self._read(f"{source}.weight_scale").float().reshape(1)
         return (1.0 / scale if self._scale_is_inverse else scale).repeat(rows)
 
@@ -180,6 +215,14 @@ class IntegerWeights(Mapping[str, np.ndarray]):
         if linear != "qkv":
             return linear_shapes(self.config)[linear][0]
         return self.config.attention_size if source.endswith("q_proj") else self.config.kv_size
+
+
+def _ternary_floats(weight: Tensor) -> Tensor:
+    """Floats of -1, 0, 1 as int8: how transformers saves an offline model that it has unpacked."""
+    codes = weight.to(torch.int8)
+    if (codes != weight).any() or codes.abs().max() > 1:
+        raise ValueError("has a weight_scale, but is neither packed nor of -1, 0, 1")
+    return codes
 
 
 def load_integer_model(directory: Path | str) -> IntegerModel:
