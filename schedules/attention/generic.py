@@ -25,8 +25,8 @@ import math
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.attention.products import QUERY_TILE, key_product, value_product
-from schedules.attention.softmax import PEAK, RESCALE, TOTAL, softmax_step
+from schedules.attention.products import QUERY_TILE, multiply_keys, multiply_values
+from schedules.attention.softmax import State, softmax_step
 from schedules.attention.unpack import unpacker
 from schedules.intrin.vector import each, store
 from schedules.targets import TargetSpec
@@ -79,17 +79,20 @@ def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: Targe
     lanes = target.lanes(32)
     padded = math.ceil(head_dim / lanes) * lanes  # columns of scratch; those past D stay zero
     queries = tile_rows * group
-    begin_run, finish_run = _run_ends(group, head_dim, padded, lanes)
-    attend_block = _block(group, head_dim, padded, kv_bits, target)
+    begin_query, finish_query = _query_ends(head_dim, padded, lanes)
+    attend_block = _block(group, head_dim, kv_bits, target)
 
     @T.inline
     def attend_tile(qkv, codes, scales, slots, positions, y, head, first, last):
         q = T.alloc_buffer((queries, padded), "float32")
         o = T.alloc_buffer((queries, padded), "float32")
         block = T.alloc_buffer((KEYS, padded), "float32")
-        block_scale = T.alloc_buffer((2, KEYS), "float32")
+        key_scale = T.alloc_buffer((KEYS,), "float32")
+        value_scale = T.alloc_buffer((KEYS,), "float32")
         p = T.alloc_buffer((queries, KEYS), "float32")
-        state = T.alloc_buffer((3, queries), "float32")  # peak, total, rescale
+        peak = T.alloc_buffer((queries,), "float32")
+        total = T.alloc_buffer((queries,), "float32")
+        rescale = T.alloc_buffer((queries,), "float32")
         run = T.alloc_buffer((2,), "int64")  # rows run[0] : run[1] have one slot
 
         for j, i in T.grid(KEYS, padded):
@@ -99,98 +102,85 @@ def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: Targe
             run[1] = run[0] + 1
             while run[1] < last and slots[T.min(run[1], last - 1)] == slots[run[0]]:
                 run[1] = run[1] + 1
-            begin_run(qkv, q, o, state, head, run)
+            slot: T.let = slots[run[0]]
             seen: T.let = positions[run[1] - 1] + 1
+            for r, g in T.grid(run[1] - run[0], group):
+                begin_query(qkv, q, o, peak, total, run[0] + r, head * group + g, r * group + g)
             for b in T.serial(T.ceildiv(seen, KEYS)):
                 attend_block(
-                    codes, scales, slots, positions, q, o, block, block_scale, p, state, head, run,
-                    b * KEYS, T.cast(T.min(seen - b * KEYS, T.int64(KEYS)), "int32"),
+                    codes, scales, positions, q, o, p, block, key_scale, value_scale,
+                    State(peak, total, rescale), slot, head, run, b * KEYS,
+                    T.cast(T.min(seen - b * KEYS, T.int64(KEYS)), "int32"),
                 )  # fmt: skip
-            finish_run(o, state, y, head, run)
+            for r, g in T.grid(run[1] - run[0], group):
+                finish_query(o, total, y, run[0] + r, head * group + g, r * group + g)
             run[0] = run[1]
 
     return attend_tile
 
 
-def _run_ends(group: int, head_dim: int, padded: int, lanes: int):
-    """Queries of a run, times 1/sqrt(D), into scratch; and their results out of it."""
+def _query_ends(head_dim: int, padded: int, lanes: int):
+    """Query i of the tile, times 1/sqrt(D), into scratch; and its result out of it."""
     factor = head_dim**-0.5
 
-    def begin_query(qkv, q, o, state, m, head, i):
+    def begin_query(qkv, q, o, peak, total, m, head, i):
         def load(d, lane):
             store(q, (i, d), qkv[m, head * head_dim + d] * T.float32(factor))
 
         each(head_dim, lanes, load)
         each(padded, lanes, lambda d, lane: store(q, (i, d), T.float32(0)), start=head_dim)
         each(padded, lanes, lambda d, lane: store(o, (i, d), T.float32(0)))
-        store(state, (PEAK, i), T.min_value("float32"))
-        store(state, (TOTAL, i), T.float32(0))
+        store(peak, (i,), T.min_value("float32"))
+        store(total, (i,), T.float32(0))
 
-    def finish_query(o, state, y, m, head, i):
+    def finish_query(o, total, y, m, head, i):
         def divide(d, lane):
-            store(y, (m, head * head_dim + d), o[i, d] / state[TOTAL, i])
+            store(y, (m, head * head_dim + d), o[i, d] / total[i])
 
         each(head_dim, lanes, divide)
 
-    @T.inline
-    def begin_run(qkv, q, o, state, head, run):
-        for r, g in T.grid(run[1] - run[0], group):
-            begin_query(qkv, q, o, state, run[0] + r, head * group + g, r * group + g)
-
-    @T.inline
-    def finish_run(o, state, y, head, run):
-        for r, g in T.grid(run[1] - run[0], group):
-            finish_query(o, state, y, run[0] + r, head * group + g, r * group + g)
-
-    return begin_run, finish_run
+    return begin_query, finish_query
 
 
-def _block(group: int, head_dim: int, padded: int, kv_bits: int, target: TargetSpec):
+def _block(group: int, head_dim: int, kv_bits: int, target: TargetSpec):
     """attend_block(..., start, count): keys start : start + count of the run's slot."""
     lanes = target.lanes(32)
     unpack_row = unpacker(kv_bits, head_dim, target)
-    multiply_keys = key_product(padded, lanes)
-    multiply_values = value_product(padded, lanes, RESCALE)
 
-    def load_scale(scales, slot, head, kv, position):
-        if kv_bits == 16:
-            return T.float32(1)
-        return T.cast(scales[slot, head, kv, position], "float32")
-
-    @T.inline
     def load(codes, scales, slot, head, kv, start, count, block, block_scale):
-        for j in T.serial(count):
+        with T.serial(count) as j:
             unpack_row(codes, slot, head, kv, start + j, block, j)
-            block_scale[kv, j] = load_scale(scales, slot, head, kv, start + j)
+            if kv_bits == 16:
+                scale = T.float32(1)
+            else:
+                scale = T.cast(scales[slot, head, kv, start + j], "float32")
+            store(block_scale, (j,), scale)
 
-    @T.inline
-    def for_query_tiles(count, body):
-        for i in T.serial(count // QUERY_TILE):
+    def for_query_tiles(queries, body):
+        with T.serial(queries // QUERY_TILE) as i:
             body(i * QUERY_TILE, QUERY_TILE)
-        if group % QUERY_TILE != 0:
-            if count % QUERY_TILE != 0:
-                body(count - 1, 1)
+        if group % QUERY_TILE:
+            with T.If(queries % QUERY_TILE != 0), T.Then():
+                body(queries - 1, 1)
 
-    @T.inline
     def attend_block(
-        codes, scales, slots, positions, q, o, block, block_scale, p, state, head, run, start, count
-    ):
-        queries: T.let = T.cast(run[1] - run[0], "int32") * group
+        codes, scales, positions, q, o, p, block, key_scale, value_scale,
+        state, slot, head, run, start, count,
+    ):  # fmt: skip
+        queries = T.bind(T.cast(run[1] - run[0], "int32") * group)
 
-        @T.inline
         def keys(first, tile):
-            multiply_keys(q, block, p, first, tile, count)
+            multiply_keys(q, block, p, first, tile, count, lanes)
 
-        @T.inline
         def values(first, tile):
-            multiply_values(p, block, state, o, first, tile, count)
+            multiply_values(p, block, state.rescale, o, first, tile, count, lanes)
 
-        load(codes, scales, slots[run[0]], head, 0, start, count, block, block_scale)
+        load(codes, scales, slot, head, 0, start, count, block, key_scale)
         for_query_tiles(queries, keys)
-        load(codes, scales, slots[run[0]], head, 1, start, count, block, block_scale)
-        for i in T.serial(queries):
-            seen: T.let = positions[run[0] + i // group] + 1 - start
-            softmax_step(p, block_scale, state, i, seen, KEYS, lanes)
+        load(codes, scales, slot, head, 1, start, count, block, value_scale)
+        with T.serial(queries) as i:
+            seen = positions[run[0] + i // group] + 1 - start
+            softmax_step(p, key_scale, value_scale, state, i, seen, KEYS, lanes)
         for_query_tiles(queries, values)
 
     return attend_block

@@ -1,78 +1,58 @@
-"""The two products of attention on a block of unpacked rows, in register tiles.
+"""The two products of attention with a block of unpacked rows, in register tiles.
 
-tile | value | bound by
-keys | 2 x 4 | 8 accumulators of 16 registers; 6 loads for 8 multiply-adds
+tile   | value | bound by
+keys   | 2 x 4 | 8 accumulators of 16 registers; 6 loads for 8 multiply-adds
 values | 2 x V | 2 V accumulators, V <= 6 a divisor of the row's vectors; V loads for 2 V
 """
 
 import operator
+from itertools import product
 
 from tvm.script import tirx as T
 
-from schedules.intrin.vector import fold
+from schedules.intrin.vector import fill, fold, store
 
 QUERY_TILE = 2
 KEY_TILE = 4
 MAX_VALUE_VECTORS = 6
 
 
-def key_product(padded: int, lanes: int):
+def multiply_keys(q, block, p, first, tile: int, count, lanes: int) -> None:
     """p[first : first + tile, :count] = q . block, in whole key tiles: the last may run over."""
-
-    @T.inline
-    def multiply_keys(q, block, p, first, tile, count):
-        sums = T.alloc_buffer((QUERY_TILE * KEY_TILE * lanes,), "float32", scope="local")
-        one = T.alloc_buffer((lanes,), "float32", scope="local")
-        for j0 in T.serial(T.ceildiv(count, KEY_TILE)):
-            for a in T.unroll(tile * KEY_TILE):
-                for lane in T.vectorized(lanes):
-                    sums[a * lanes + lane] = T.float32(0)
-            for d0 in T.serial(padded // lanes):
-                for a in T.unroll(tile):
-                    for j in T.unroll(KEY_TILE):
-                        for lane in T.vectorized(lanes):
-                            sums[(a * KEY_TILE + j) * lanes + lane] += (
-                                q[first + a, d0 * lanes + lane]
-                                * block[j0 * KEY_TILE + j, d0 * lanes + lane]
-                            )
-            for a in T.unroll(tile):
-                for j in T.unroll(KEY_TILE):
-                    for lane in T.vectorized(lanes):
-                        one[lane] = sums[(a * KEY_TILE + j) * lanes + lane]
-                    fold(lanes, one, operator.add)
-                    p[first + a, j0 * KEY_TILE + j] = one[0]
-
-    return multiply_keys
+    vectors = block.shape[1] // lanes
+    pairs = [*product(range(tile), range(KEY_TILE))]
+    sums = [T.alloc_buffer((lanes,), "float32", scope="local") for _ in pairs]
+    with T.serial(T.ceildiv(count, KEY_TILE)) as j0:
+        for acc in sums:
+            fill(lanes, acc, T.float32(0))
+        with T.serial(vectors) as d0:
+            for acc, (a, j) in zip(sums, pairs, strict=True):
+                with T.vectorized(lanes) as lane:
+                    d = d0 * lanes + lane
+                    store(acc, (lane,), acc[lane] + q[first + a, d] * block[j0 * KEY_TILE + j, d])
+        for acc, (a, j) in zip(sums, pairs, strict=True):
+            fold(lanes, acc, operator.add)
+            store(p, (first + a, j0 * KEY_TILE + j), acc[0])
 
 
-def value_product(padded: int, lanes: int, rescale_row: int):
+def multiply_values(p, block, rescale, o, first, tile: int, count, lanes: int) -> None:
     """o[first : first + tile] = o * rescale + p[..., :count] . block."""
-    vectors = padded // lanes
+    vectors = int(block.shape[1]) // lanes
     chunk = max(v for v in range(1, MAX_VALUE_VECTORS + 1) if vectors % v == 0)
+    pairs = [*product(range(tile), range(chunk))]
+    sums = [T.alloc_buffer((lanes,), "float32", scope="local") for _ in pairs]
+    with T.serial(vectors // chunk) as d0:
 
-    @T.inline
-    def multiply_values(p, block, state, o, first, tile, count):
-        sums = T.alloc_buffer((QUERY_TILE * MAX_VALUE_VECTORS * lanes,), "float32", scope="local")
-        for d0 in T.serial(vectors // chunk):
-            for a in T.unroll(tile):
-                for v in T.unroll(chunk):
-                    for lane in T.vectorized(lanes):
-                        sums[(a * chunk + v) * lanes + lane] = (
-                            o[first + a, (d0 * chunk + v) * lanes + lane]
-                            * state[rescale_row, first + a]
-                        )
-            for j in T.serial(count):
-                for a in T.unroll(tile):
-                    for v in T.unroll(chunk):
-                        for lane in T.vectorized(lanes):
-                            sums[(a * chunk + v) * lanes + lane] += (
-                                p[first + a, j] * block[j, (d0 * chunk + v) * lanes + lane]
-                            )
-            for a in T.unroll(tile):
-                for v in T.unroll(chunk):
-                    for lane in T.vectorized(lanes):
-                        o[first + a, (d0 * chunk + v) * lanes + lane] = sums[
-                            (a * chunk + v) * lanes + lane
-                        ]
+        def column(v, lane):
+            return (d0 * chunk + v) * lanes + lane
 
-    return multiply_values
+        for acc, (a, v) in zip(sums, pairs, strict=True):
+            with T.vectorized(lanes) as lane:
+                store(acc, (lane,), o[first + a, column(v, lane)] * rescale[first + a])
+        with T.serial(count) as j:
+            for acc, (a, v) in zip(sums, pairs, strict=True):
+                with T.vectorized(lanes) as lane:
+                    store(acc, (lane,), acc[lane] + p[first + a, j] * block[j, column(v, lane)])
+        for acc, (a, v) in zip(sums, pairs, strict=True):
+            with T.vectorized(lanes) as lane:
+                store(o, (first + a, column(v, lane)), acc[lane])

@@ -10,42 +10,44 @@ A block wholly beyond the row's position leaves peak and total and makes p zero,
 """
 
 import operator
+from typing import NamedTuple
 
 from tvm.script import tirx as T
+from tvm.tirx import Buffer
 
 from schedules.intrin.exp import exp
-from schedules.intrin.vector import each, fold, store
-
-PEAK, TOTAL, RESCALE = range(3)  # rows of `state`
+from schedules.intrin.vector import each, fill, fold, store
 
 
-def mask(p, block_scale, peaks, i, j, lane, limit):
-    score = T.Select(j < limit, p[i, j] * block_scale[0, j], T.min_value("float32"))
-    store(p, (i, j), score)
-    store(peaks, (lane,), T.max(peaks[lane], p[i, j]))
+class State(NamedTuple):
+    """Of each query, what its softmax has seen."""
+
+    peak: Buffer  # the largest score
+    total: Buffer  # of e^(score - peak)
+    rescale: Buffer  # what the last step multiplied `total` by, and o is to be multiplied by
 
 
-def weigh(p, block_scale, peaks, sums, i, j, lane, limit):
-    weight = T.bind(T.Select(j < limit, exp(p[i, j] - peaks[0]), T.float32(0)))
-    store(sums, (lane,), sums[lane] + weight)
-    store(p, (i, j), weight * block_scale[1, j])
+def softmax_step(p, key_scale, value_scale, state: State, i, seen, keys: int, lanes: int) -> None:
+    """Query i's scores p[i, :keys], of which the first `seen` count, become weights."""
+    peaks, sums = (T.alloc_buffer((lanes,), "float32", scope="local") for _ in range(2))
+    limit = T.bind(T.cast(T.max(T.min(seen, T.int64(keys)), T.int64(0)), "int32"))
 
+    def mask(j, lane):
+        score = T.Select(j < limit, p[i, j] * key_scale[j], T.min_value("float32"))
+        store(p, (i, j), score)
+        store(peaks, (lane,), T.max(peaks[lane], p[i, j]))
 
-@T.inline
-def softmax_step(p, block_scale, state, i, seen, keys, lanes):
-    """Query i's scores p[i, :keys], of which the first `seen` count, become probabilities."""
-    peaks = T.alloc_buffer((lanes,), "float32", scope="local")
-    sums = T.alloc_buffer((lanes,), "float32", scope="local")
-    limit: T.let = T.cast(T.max(T.min(seen, T.int64(keys)), T.int64(0)), "int32")
+    def weigh(j, lane):
+        weight = T.bind(T.Select(j < limit, exp(p[i, j] - peaks[0]), T.float32(0)))
+        store(sums, (lane,), sums[lane] + weight)
+        store(p, (i, j), weight * value_scale[j])
 
-    for lane in T.vectorized(lanes):
-        peaks[lane] = state[PEAK, i]
-        sums[lane] = T.float32(0)
-    each(keys, lanes, lambda j, lane: mask(p, block_scale, peaks, i, j, lane, limit))
+    fill(lanes, peaks, state.peak[i])
+    fill(lanes, sums, T.float32(0))
+    each(keys, lanes, mask)
     fold(lanes, peaks, T.max)
-
-    each(keys, lanes, lambda j, lane: weigh(p, block_scale, peaks, sums, i, j, lane, limit))
+    each(keys, lanes, weigh)
     fold(lanes, sums, operator.add)
-    state[RESCALE, i] = exp(state[PEAK, i] - peaks[0])
-    state[PEAK, i] = peaks[0]
-    state[TOTAL, i] = state[TOTAL, i] * state[RESCALE, i] + sums[0]
+    store(state.rescale, (i,), exp(state.peak[i] - peaks[0]))
+    store(state.peak, (i,), peaks[0])
+    store(state.total, (i,), state.total[i] * state.rescale[i] + sums[0])

@@ -57,13 +57,13 @@ def _planes(head_dim: int, target: TargetSpec):
 
         each(plane, target.lanes(8), join)
 
-    @T.inline
     def row(codes, slot, head, kv, position, block, j):
-        if position == 0:
-            bos_row(codes, slot, head, kv, position, block, j)
-        else:
-            base: T.let = head_dim // 2 + (position - 1) * (3 * plane)
-            planes_row(codes, slot, head, kv, base, block, j)
+        with T.If(position == 0):
+            with T.Then():
+                bos_row(codes, slot, head, kv, position, block, j)
+            with T.Else():
+                base = T.bind(head_dim // 2 + (position - 1) * (3 * plane))
+                planes_row(codes, slot, head, kv, base, block, j)
 
     return row
 

@@ -37,12 +37,18 @@ def store(buffer: Buffer, indices: tuple, value: Expr) -> None:
     T.buffer_store(buffer, value, list(indices))
 
 
+def fill(lanes: int, buffer: Buffer, value: Expr) -> None:
+    """buffer[0:lanes] = value."""
+    with T.vectorized(lanes) as j:
+        store(buffer, (j,), value)
+
+
 def fold(lanes: int, buffer: Buffer, combine: Callable) -> None:
     """buffer[0] = combine over buffer[0:lanes], lanes a power of two, by halves."""
     while lanes > 1:
         lanes //= 2
         with T.vectorized(lanes) as j:
-            T.buffer_store(buffer, combine(buffer[j], buffer[lanes + j]), [j])
+            store(buffer, (j,), combine(buffer[j], buffer[lanes + j]))
 
 
 def rounded(v: Expr, lowest: int, highest: int) -> Expr:

@@ -18,7 +18,7 @@ Measured: not yet.
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.intrin.vector import each, fold, rounded, store
+from schedules.intrin.vector import each, fill, fold, rounded, store
 from schedules.targets import TargetSpec
 
 LARGEST_SCALE = 65504.0  # of float16; the codes of a larger head saturate
@@ -85,28 +85,24 @@ def _packed_store(bits: int, head_dim: int, target: TargetSpec):
     qmax = 2 ** (bits - 1) - 1
     pack = {4: _pack_4bit, 3: _pack_3bit}[bits]
 
-    @T.inline
     def write(codes, scales, qkv, slot, h, kv, position, m, start, base):
         peaks = T.alloc_buffer((lanes,), "float32", scope="local")
-        scale = T.alloc_buffer((1,), "float32", scope="local")
         code = T.alloc_buffer((head_dim,), "uint8", scope="local")
 
-        for j in T.vectorized(lanes):
-            peaks[j] = T.float32(0)
-        each(
-            head_dim,
-            lanes,
-            lambda i, j: store(peaks, (j,), T.max(peaks[j], T.abs(qkv[m, start + i]))),
-        )
+        def max_abs(i, j):
+            store(peaks, (j,), T.max(peaks[j], T.abs(qkv[m, start + i])))
+
+        fill(lanes, peaks, T.float32(0))
+        each(head_dim, lanes, max_abs)
         fold(lanes, peaks, T.max)
-        scale[0] = T.min(peaks[0] / T.float32(qmax), T.float32(LARGEST_SCALE))
-        scale[0] = T.cast(T.cast(scale[0], "float16"), "float32")
-        scale[0] = T.max(scale[0], T.float32(SMALLEST_SCALE))
-        scales[slot, h, kv, position] = T.cast(scale[0], "float16")
+        ratio = T.min(peaks[0] / T.float32(qmax), T.float32(LARGEST_SCALE))
+        half = T.cast(T.cast(ratio, "float16"), "float32")
+        scale = T.bind(T.max(half, T.float32(SMALLEST_SCALE)))
+        store(scales, (slot, h, kv, position), T.cast(scale, "float16"))
         each(
             head_dim,
             lanes,
-            lambda i, j: store(code, (i,), quantized(qkv[m, start + i] / scale[0], qmax)),
+            lambda i, j: store(code, (i,), quantized(qkv[m, start + i] / scale, qmax)),
         )
         pack(head_dim, target.lanes(8), code, codes, slot, h, kv, base)
 
@@ -120,9 +116,8 @@ def quantized(x, qmax: int):
 def _4bit_store(head_dim: int, target: TargetSpec):
     write_4bit = _packed_store(4, head_dim, target)
 
-    @T.inline
     def write(codes, scales, qkv, slot, h, kv, position, m, start):
-        base: T.let = position * (head_dim // 2)
+        base = T.bind(position * (head_dim // 2))
         write_4bit(codes, scales, qkv, slot, h, kv, position, m, start, base)
 
     return write
@@ -132,13 +127,14 @@ def _3bit_store(head_dim: int, target: TargetSpec):
     write_bos = _packed_store(BOS_BITS, head_dim, target)
     write_3bit = _packed_store(3, head_dim, target)
 
-    @T.inline
     def write(codes, scales, qkv, slot, h, kv, position, m, start):
-        if position == 0:
-            write_bos(codes, scales, qkv, slot, h, kv, position, m, start, 0)
-        else:
-            base: T.let = head_dim // 2 + (position - 1) * (3 * head_dim // 8)
-            write_3bit(codes, scales, qkv, slot, h, kv, position, m, start, base)
+        row = (codes, scales, qkv, slot, h, kv, position, m, start)
+        with T.If(position == 0):
+            with T.Then():
+                write_bos(*row, 0)
+            with T.Else():
+                base = T.bind(head_dim // 2 + (position - 1) * (3 * head_dim // 8))
+                write_3bit(*row, base)
 
     return write
 

@@ -19,7 +19,7 @@ import operator
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.intrin.vector import each, fold, rounded, store
+from schedules.intrin.vector import each, fill, fold, rounded, store
 from schedules.targets import TargetSpec
 
 SMALLEST_STAT = 1e-5  # of a mean or a maximum, before it becomes a scale
@@ -99,48 +99,42 @@ def normed(x, gain, facts, m, i):
     return x[m, i] * facts[0] * gain[i]
 
 
-def squared(x):
-    return T.cast(x, "float64") * T.cast(x, "float64")
-
-
-@T.inline
-def write_rstd(x, m, k, eps, lanes, sums, facts):
+def write_rstd(x, m, k: int, eps: float, lanes: int, sums, facts) -> None:
     """facts[0] = 1 / rms of the row."""
-    for j in T.vectorized(lanes):
-        sums[j] = T.float64(0)
-    each(k, lanes, lambda i, j: store(sums, (j,), sums[j] + squared(x[m, i])))
+
+    def add_square(i, j):
+        store(sums, (j,), sums[j] + T.cast(x[m, i], "float64") * T.cast(x[m, i], "float64"))
+
+    fill(lanes, sums, T.float64(0))
+    each(k, lanes, add_square)
     fold(lanes, sums, operator.add)
-    facts[0] = T.cast(T.float64(1) / T.sqrt(sums[0] / T.float64(k) + T.float64(eps)), "float32")
+    rms = T.sqrt(sums[0] / T.float64(k) + T.float64(eps))
+    store(facts, (0,), T.cast(T.float64(1) / rms, "float32"))
 
 
-@T.inline
-def write_mean(x, gain, m, k, lanes, sums, peaks, facts):
+def write_mean(x, gain, m, k: int, lanes: int, sums, peaks, facts) -> None:
     """facts[1] = mean |h|."""
-    for j in T.vectorized(lanes):
-        sums[j] = T.float64(0)
-    each(
-        k,
-        lanes,
-        lambda i, j: store(
-            sums, (j,), sums[j] + T.cast(T.abs(normed(x, gain, facts, m, i)), "float64")
-        ),
-    )
+
+    def add_abs(i, j):
+        h = normed(x, gain, facts, m, i)
+        store(sums, (j,), sums[j] + T.cast(T.abs(h), "float64"))
+
+    fill(lanes, sums, T.float64(0))
+    each(k, lanes, add_abs)
     fold(lanes, sums, operator.add)
-    facts[1] = T.cast(sums[0] / T.float64(k), "float32")
+    store(facts, (1,), T.cast(sums[0] / T.float64(k), "float32"))
 
 
-@T.inline
-def write_max(x, gain, m, k, lanes, sums, peaks, facts):
+def write_max(x, gain, m, k: int, lanes: int, sums, peaks, facts) -> None:
     """facts[1] = max |h|."""
-    for j in T.vectorized(lanes):
-        peaks[j] = T.float32(0)
-    each(
-        k,
-        lanes,
-        lambda i, j: store(peaks, (j,), T.max(peaks[j], T.abs(normed(x, gain, facts, m, i)))),
-    )
+
+    def max_abs(i, j):
+        store(peaks, (j,), T.max(peaks[j], T.abs(normed(x, gain, facts, m, i))))
+
+    fill(lanes, peaks, T.float32(0))
+    each(k, lanes, max_abs)
     fold(lanes, peaks, T.max)
-    facts[1] = peaks[0]
+    store(facts, (1,), peaks[0])
 
 
 def int4_scale(beta):
