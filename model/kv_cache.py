@@ -13,6 +13,8 @@ from torch.library import custom_op
 from model import quantizers
 
 KV_BITS = (16, 4, 3)
+BLOCK_POSITIONS = 64  # that share the unit of their probabilities
+SMALLEST_UNIT = 1e-300
 
 
 def code_bytes(kv_bits: int, context: int, head_dim: int) -> int:
@@ -67,17 +69,20 @@ def _rows(codes: Tensor, kv_bits: int, head_dim: int) -> list[tuple[int, int, Te
     return [(0, 4, bos), (1, 3, rest)]
 
 
+def _levels(codes: Tensor, kv_bits: int, head_dim: int) -> Tensor:
+    """One slot's signed levels, codes u8[Hkv, 2, B] at 4 or 3 bits -> f64[Hkv, 2, T, D]."""
+    parts = [
+        unpack(view[0], bits, head_dim).double() - quantizers.kv_qmax(bits)
+        for _, bits, view in _rows(codes[None], kv_bits, head_dim)
+    ]
+    return torch.cat(parts, dim=2)
+
+
 def dequantize(codes: Tensor, scales: Tensor, kv_bits: int, head_dim: int) -> Tensor:
     """One slot's cache, codes [Hkv, 2, B] and scales f16[Hkv, 2, T] -> f32[Hkv, 2, T, D]."""
-    parts = []
-    for first, bits, view in _rows(codes[None], kv_bits, head_dim):
-        if bits == 16:
-            return view[0].float()
-        positions = view.shape[3]
-        qmax = 2 ** (bits - 1) - 1
-        values = unpack(view[0], bits, head_dim).float() - qmax
-        parts.append(values * scales[..., first : first + positions, None].float())
-    return torch.cat(parts, dim=2)
+    if kv_bits == 16:
+        return codes.unflatten(-1, (-1, head_dim)).float()
+    return _levels(codes, kv_bits, head_dim).float() * scales[..., None].float()
 
 
 @custom_op("bitnet::kv_append", mutates_args=())
@@ -137,8 +142,11 @@ def attention(
     num_kv_heads: int,
     kv_bits: int,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over positions 0..positions[m] of slots[m], grouped queries ->
-    f32[M, Hq*D].
+    """softmax(q k^T / sqrt(D)) v over positions 0..positions[m] of slots[m] -> f32[M, Hq*D].
+
+    Grouped queries: query head h reads KV head h // (Hq / Hkv). Float64 and integers throughout,
+    rounded to float32 once (see `_weighted_codes`): a last bit that differs here moves codes at
+    rounding boundaries, and a4.8 amplifies that to a KL divergence of 0.01 and more.
     """
     m = qkv.shape[0]
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
@@ -148,12 +156,44 @@ def attention(
     for slot in slots.unique():
         here = slots == slot
         seen = int(positions[here].max()) + 1
-        k, v = dequantize(codes[slot], scales[slot], kv_bits, head_dim)[:, :, :seen].unbind(1)
-        scores = torch.einsum("mhgd,htd->mhgt", q[here], k) * head_dim**-0.5
         hidden = torch.arange(seen)[None, :] > positions[here][:, None]
-        scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
-        out[here] = torch.einsum("mhgt,htd->mhgd", scores.softmax(-1), v)
+        cache = codes[slot], scales[slot]
+        if kv_bits == 16:
+            k, v = dequantize(*cache, kv_bits, head_dim)[:, :, :seen].double().unbind(1)
+            scores = torch.einsum("mhgd,htd->mhgt", q[here].double(), k) * head_dim**-0.5
+            scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
+            out[here] = torch.einsum("mhgt,htd->mhgd", scores.softmax(-1), v).float()
+        else:
+            levels = _levels(codes[slot], kv_bits, head_dim)[:, :, :seen]
+            out[here] = _weighted_codes(q[here], levels, scales[slot, ..., :seen], hidden)
     return out.reshape(m, num_heads * head_dim)
+
+
+def _weighted_codes(q: Tensor, levels: Tensor, scales: Tensor, hidden: Tensor) -> Tensor:
+    """Attention on a quantised cache, in integers but for the softmax [D].
+
+    q f32[M, Hkv, G, D]; levels f64[Hkv, 2, T, D], small integers; scales f16[Hkv, 2, T];
+    hidden bool[M, T] -> f32[M, Hkv, G, D]. Per query head and position t:
+        s_t = (q8 . k_t) * (k_scale_t * q_scale / sqrt(D)), q8 the INT8 absmax of q
+        e_t = exp(s_t - max s),  w_t = e_t * v_scale_t
+        p_t = rint(255 w_t / max of w over t's block of 64 positions), an unsigned byte
+        y = sum over blocks of (sum_t p_t v_t) * (max of w / 255), over sum_t e_t
+    """
+    q8, q_scale = quantizers.int8_absmax(q)
+    dots = torch.einsum("mhgd,htd->mhgt", q8.double(), levels[:, 0])
+    k_scale, v_scale = scales.double().unbind(1)
+    scores = dots * (k_scale[None, :, None, :] * (q_scale.double() * q.shape[-1] ** -0.5))
+    scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
+    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    whole = -scores.shape[-1] % BLOCK_POSITIONS
+    w = torch.nn.functional.pad(e * v_scale[None, :, None, :], (0, whole))
+    w = w.unflatten(-1, (-1, BLOCK_POSITIONS))
+    # A block of zeros is far below the largest score: its weights are zero whatever divides them.
+    unit = w.amax(-1, keepdim=True) / 255
+    p = torch.round(w / unit.clamp_min(SMALLEST_UNIT))
+    v = torch.nn.functional.pad(levels[:, 1], (0, 0, 0, whole)).unflatten(1, (-1, BLOCK_POSITIONS))
+    sums = torch.einsum("mhgbt,hbtd->mhgbd", p, v)
+    return ((sums * unit).sum(-2) / e.sum(-1, keepdim=True)).float()
 
 
 @attention.register_fake
