@@ -48,9 +48,7 @@ def replacing(destination: Path) -> Iterator[Path]:
             f"output: {destination} exists and is no artifact; "
             "possible: a new path, an empty directory or an older artifact"
         )
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{destination.name}."
-    new = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=destination.parent))
+    new = make_beside(destination)
     old = new.with_suffix(".old")
     try:
         yield new
@@ -66,6 +64,19 @@ def replacing(destination: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def make_beside(destination: Path) -> Path:
+    """A directory on the same file system, hidden, from which a rename is one step."""
+    parent = destination.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".new", dir=parent))
+    except OSError as error:
+        raise BuildError(
+            f"output: asked for {destination}, cannot write in {parent} ({error.strerror}); "
+            "possible: a directory that can be written"
+        ) from error
 
 
 def is_replaceable(path: Path) -> bool:

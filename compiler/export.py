@@ -66,7 +66,7 @@ def export_model(config: ModelConfig) -> tvm.IRModule:
     """Functions `prefill` and `decode` at EXPORT_KV_BITS; attribute `param_names` of the module."""
     with torch.device("meta"):
         model = IntegerModel(config)
-    steps = {
+    steps: dict[str, tuple[Prefill | Decode, tuple[str, ...]]] = {
         "prefill": (Prefill(model, EXPORT_KV_BITS), ("tokens", "slots", "positions", "rows")),
         "decode": (Decode(model, EXPORT_KV_BITS), ("tokens", "slots", "positions")),
     }
@@ -125,6 +125,6 @@ def _converter(op: OpDef) -> Callable[[Node, object], relax.Var]:
 
 def _convert_index(node: Node, importer) -> relax.Var:
     """x[rows]. The importer's own gather reads out of bounds where an index is."""
-    x, (rows,) = node.args
-    gather = relax.op.take(importer.env[x], importer.env[rows], axis=0, mode="clip")
+    x, indices = node.all_input_nodes
+    gather = relax.op.take(importer.env[x], importer.env[indices], axis=0, mode="clip")
     return importer.block_builder.emit(gather)

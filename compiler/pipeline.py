@@ -72,6 +72,7 @@ def compile_library(lowered: tvm.IRModule, target: TargetSpec, path: Path, linke
     executable = tvm.compile(lowered, target.to_tvm(), relax_pipeline=None)
     try:
         executable.export_library(str(path), fcompile=partial(cc.create_shared, cc=linker))
-    except RuntimeError as error:
-        reason = [line for line in str(error).splitlines() if "error" in line.lower()]
-        raise BuildError(f"linker: {linker} failed: {(reason or [str(error)])[-1]}") from error
+    except RuntimeError as error:  # of create_shared: a title, what the linker printed, its command
+        printed = str(error).splitlines()[1:]
+        reasons = [line for line in printed if "failed" in line or "error" in line]
+        raise BuildError(f"linker: {linker}: {(reasons or printed or [str(error)])[0]}") from error

@@ -38,7 +38,7 @@ class BuildProgress:
 
 @contextmanager
 def on_stderr() -> Iterator[BuildProgress]:
-    """A bar where stderr is a terminal, a line a phase where it is not."""
+    """A bar where stderr is a terminal, nothing where it is not."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<16}"),

@@ -9,13 +9,13 @@ size wherever it appears, so a wrong argument is refused by name, with what it s
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import tvm
 from tvm import relax, tirx
 from tvm.sym import Analyzer
 
-Size = tvm.ir.Expr  # a constant, or a symbol such as M
+Size: TypeAlias = tvm.ir.Expr  # a constant, or a symbol such as M
 
 DTYPES = {"f32": "float32", "f16": "float16", "i8": "int8", "i32": "int32", "i64": "int64"}
 ANY = "any"  # a dtype that the operator's own check decides

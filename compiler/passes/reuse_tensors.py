@@ -8,11 +8,14 @@ tensor object can serve. It costs the virtual machine 0.9 us a tensor (shape, te
 and a layer has about 20.
 """
 
+from typing import Any
+
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
-from tvm_ffi import StructuralKey
 
+structural_key: Any = tvm_ffi.StructuralKey  # its stub asks for arguments it does not take
 ALLOC_TENSOR = tvm.ir.Op.get("relax.memory.alloc_tensor")
 
 
@@ -29,12 +32,12 @@ def reuse_tensors(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModu
 class _Reuser(PyExprMutator):
     def __init__(self) -> None:
         super().__init__()
-        self.made: dict[StructuralKey, relax.Var] = {}  # the call that made it -> the tensor
+        self.made: dict[Any, relax.Var] = {}  # the call that made it -> the tensor
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         value = binding.value
         if isinstance(value, relax.Call) and value.op.same_as(ALLOC_TENSOR):
-            first = self.made.setdefault(StructuralKey(value), binding.var)
+            first = self.made.setdefault(structural_key(value), binding.var)
             if not first.same_as(binding.var):
                 self.set_var_remap(binding.var, first)
                 return

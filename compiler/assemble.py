@@ -1,0 +1,91 @@
+"""assemble: the phases of a build, from a checkpoint's weights to the files of an artifact."""
+
+import importlib.metadata
+import platform
+import re
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from compiler import artifact_writer, pipeline
+from compiler.config import BuildError
+from compiler.export import export_model
+from compiler.kernels import KernelTable, using
+from compiler.ops.heads import possible_kv_bits
+from compiler.progress import BuildProgress
+from model.checkpoint import CheckpointError, IntegerWeights
+from model.config import ModelConfig
+from schedules.targets import TargetSpec
+
+PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy")
+
+
+def assemble(
+    directory: Path,
+    weights: IntegerWeights,
+    target: TargetSpec,
+    linker: str,
+    debug_dump: Path | None,
+    progress: BuildProgress,
+) -> None:
+    """Write every file of the artifact into `directory`."""
+    started, model = time.monotonic(), weights.config
+    kv_bits = possible_kv_bits(model.head_dim)
+    with using(target) as kernels, target.to_tvm():
+        with progress.phase("export"):
+            exported = export_model(model)
+        with progress.phase("lower"):
+            lowered = pipeline.lower(exported, kv_bits, debug_dump)
+        with progress.phase("pack weights"):  # before the long phase: it may refuse the checkpoint
+            params = artifact_writer.write_params(
+                directory,
+                artifact_writer.parameters_of(lowered),
+                partial(read_tensor, weights),
+                progress.advance,
+            )
+        with progress.phase("compile kernels"):
+            pipeline.compile_library(lowered, target, directory / artifact_writer.LIBRARY, linker)
+        with progress.phase("write"):
+            files = artifact_writer.copy_model_files(directory, model, weights.directory)
+            facts = describe(model, target, kv_bits) | params
+            record = build_record(target, kernels, time.monotonic() - started)
+            artifact_writer.write_manifest(directory, facts | {"record": record}, files)
+
+
+def artifact_name(model: ModelConfig) -> str:
+    """The model's name, as a file may be called."""
+    return re.sub(r"[^\w.-]+", "-", model.name)
+
+
+def describe(model: ModelConfig, target: TargetSpec, kv_bits: list[int]) -> dict[str, object]:
+    return {
+        "model": artifact_name(model),
+        "target": target.name,
+        "cpu_flags": list(target.cpu_flags),
+        "kv_bits": kv_bits,
+        "default_kv_bits": model.kv_bits if model.kv_bits in kv_bits else 16,
+        "context_length": model.max_position_embeddings,
+    }
+
+
+def build_record(target: TargetSpec, kernels: KernelTable, seconds: float) -> dict[str, object]:
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "tvm_target": target.tvm,
+        "seconds": round(seconds, 1),
+        "kernels": kernels.record,
+    }
+
+
+def read_tensor(weights: IntegerWeights, name: str) -> np.ndarray:
+    """One tensor; what torch or safetensors say of a bad one becomes one line."""
+    try:
+        return weights[name]
+    except CheckpointError:
+        raise
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BuildError(f"checkpoint: cannot read {name}: {reason[0]}") from error
