@@ -2,27 +2,27 @@
 
     for m in M:                              parallel when M > 1
         h[:] = (x[m, :] * rstd) * gain       kept in L1: the selection reads it many times
-        threshold = 0                        the k-th largest |h|, found bit by bit from the top
-        for bit in 30 .. 0:                  non-negative floats order as their bit patterns do
-            reached[L] += |h| >= threshold | 1 << bit
-            if sum(reached) >= k: threshold |= 1 << bit
-        q[m, :] = quantize(h) where |h| > threshold, and at the first ties of it
+        low, high = 0, gamma                 bit patterns: non-negative floats order as they do
+        while high - low > 1, not exactly k reach low:
+            reached[L] += |h| >= middle      halves the range; some 19 passes for Gaussian rows
+        q[m, :] = quantize(h) where |h| >= low
+        last ties of low in q = 0            only where more than k reach low
         index[m, count] = i; count += q[m, i] != 0     no branch: a store that may be overwritten
 
     tile | value    | bound by
     L    | lanes(8) | the accumulators of rms_norm, shared with it
 
 k = K skips the selection. A row's scratch is 4 K bytes (28 KB at K = 6912, within L1).
-
 Measured: not yet.
 """
 
+import operator
 from collections.abc import Callable
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.intrin.vector import each, fold
+from schedules.intrin.vector import each, fill, fold, store
 from schedules.rms_norm.generic import (
     SMALLEST_STAT,
     int8_code,
@@ -96,11 +96,9 @@ def list_nonzero(q, index, count, k, m):
 
 
 def _all_codes(k: int, lanes: int) -> Callable:
-    @T.inline
     def write_codes(x, gain, q, facts, m):
-        @T.inline
         def quantize(i, j):
-            q[m, i] = int8_code(normed(x, gain, facts, m, i), facts[2])
+            store(q, (m, i), int8_code(normed(x, gain, facts, m, i), facts[2]))
 
         each(k, lanes, quantize)
 
@@ -114,44 +112,47 @@ def _masked_codes(k: int, keep: int, lanes: int) -> Callable:
     def write_codes(x, gain, q, facts, m):
         h = T.alloc_buffer((k,), "float32", scope="global")
         reached = T.alloc_buffer((lanes,), "int32", scope="local")
-        state = T.alloc_buffer((2,), "int32", scope="local")  # threshold, ties still to take
+        low = T.alloc_buffer((1,), "int32", scope="local")
+        high = T.alloc_buffer((1,), "int32", scope="local")
+        surplus = T.alloc_buffer((1,), "int32", scope="local")  # that reach low beyond `keep`
+        last = T.alloc_buffer((1,), "int32", scope="local")
 
-        @T.inline
-        def store(i, j):
-            h[i] = normed(x, gain, facts, m, i)
-
-        @T.inline
-        def count_at_least(bound):
-            @T.inline
-            def add(i, j):
-                reached[j] = reached[j] + T.cast(magnitude(h[i]) >= bound, "int32")
-
-            for j in T.vectorized(lanes):
-                reached[j] = T.int32(0)
-            each(k, lanes, add)
-            fold(lanes, reached, lambda a, b: a + b)
-
-        each(k, lanes, store)
-        state[0] = 0
-        for step in T.serial(31):
-            count_at_least(state[0] | T.shift_left(T.int32(1), 30 - step))
+        each(k, lanes, lambda i, j: store(h, (i,), normed(x, gain, facts, m, i)))
+        low[0] = 0
+        high[0] = magnitude(facts[1]) + 1
+        surplus[0] = k - keep
+        while high[0] - low[0] > 1 and surplus[0] > 0:
+            middle: T.let = low[0] + T.shift_right(high[0] - low[0], 1)
+            count_at_least(k, lanes, h, reached, middle)
             if reached[0] >= keep:
-                state[0] = state[0] | T.shift_left(T.int32(1), 30 - step)
-        count_at_least(state[0] + 1)
-        state[1] = keep - reached[0]
-
-        @T.inline
-        def quantize(i, j):
-            q[m, i] = T.Select(magnitude(h[i]) >= state[0], int8_code(h[i], facts[2]), T.int8(0))
-
-        each(k, lanes, quantize)
-        for i in T.serial(k):
-            if magnitude(h[i]) == state[0]:
-                if state[1] <= 0:
-                    q[m, i] = T.int8(0)
-                state[1] = state[1] - 1
+                low[0] = middle
+                surplus[0] = reached[0] - keep
+            else:
+                high[0] = middle
+        each(k, lanes, lambda i, j: store(q, (m, i), masked_code(h[i], low[0], facts[2])))
+        last[0] = k
+        while surplus[0] > 0 and last[0] > 0:  # NaN reaches every threshold and ties with none
+            last[0] = last[0] - 1
+            if magnitude(h[last[0]]) == low[0]:
+                q[m, last[0]] = T.int8(0)
+                surplus[0] = surplus[0] - 1
 
     return write_codes
+
+
+def count_at_least(k: int, lanes: int, h, reached, bound) -> None:
+    """reached[0] = how many |h| have a pattern of at least `bound`."""
+
+    def count(i, j):
+        store(reached, (j,), reached[j] + T.cast(magnitude(h[i]) >= bound, "int32"))
+
+    fill(lanes, reached, T.int32(0))
+    each(k, lanes, count)
+    fold(lanes, reached, operator.add)
+
+
+def masked_code(h, threshold, factor):
+    return T.Select(magnitude(h) >= threshold, int8_code(h, factor), T.int8(0))
 
 
 def magnitude(h):

@@ -4,9 +4,11 @@ import functools
 
 import numpy as np
 import pytest
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tvm import relax
 
 from schedules.rms_norm.generic import kernel
 from schedules.targets import TARGETS
@@ -112,6 +114,28 @@ def test_ties_between_codes(quantizer, values, codes, target):
 @settings(max_examples=60, deadline=None)
 def test_any_floats(target, x, quantizer):
     check(quantizer, target, x, np.ones(100, F32))
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET)
+def test_in_a_relax_module(target):
+    """As the compiler calls it: one build for every number of rows."""
+    rows_, k = tvm.tirx.Var("m", "int64"), 160
+    builder = relax.BlockBuilder()
+    args = [
+        relax.Var("x", relax.TensorType((rows_, k), "float32")),
+        relax.Var("gain", relax.TensorType((k,), "float32")),
+    ]
+    with builder.function("main", args):
+        func = builder.add_func(kernel("int4", k, EPS, target), "rms_norm_int4")
+        types = [relax.TensorType((rows_, k), "int8"), relax.TensorType((rows_,), "float32")]
+        builder.emit_func_output(builder.emit(relax.call_tir(func, args, types)))
+    vm = relax.VirtualMachine(tvm.compile(builder.get(), target=target.to_tvm()), tvm.cpu())
+    gain = np.linspace(0.5, 2, k, dtype=F32)
+    for m in ROWS[1:]:
+        x = rows(m, k, seed=m)
+        found = vm["main"](tvm.runtime.tensor(x), tvm.runtime.tensor(gain))
+        for e, f in zip(int4(norm(x, gain)), found, strict=True):
+            np.testing.assert_array_equal(f.numpy(), e)
 
 
 def test_unknown_quantizer_is_named():
