@@ -3,36 +3,42 @@ tile of query rows and all heads of a group.
 
     for h, tile in Hkv, M/R:                 parallel; heads outside, as later tiles see more
         for run of rows of one slot in tile:     one run in a prefill, one a row in decode
+            q8 = quantize(q)                     for a quantised cache; float64 at 16 bits
             for t0 in seen/B:
-                block = keys t0 : t0+B           unpacked, B * D floats in L1
-                p = q . block                    2 queries * 4 keys of accumulators
-                peak, p, total = softmax step    vectors of keys
+                block = keys t0 : t0+B           unpacked, B * D int16 in L1
+                dots = q8 . block                2 queries * 4 keys of int32 accumulators
+                peak, p, unit, total = softmax step  vectors of keys, float64
                 block = values t0 : t0+B
-                o = o * rescale + p . block      2 queries * V vectors of accumulators
-            y = o / total
+                o = o * rescale + (p . block) * unit   2 queries * V vectors of int32 accumulators
+            y = o / total                        float64, rounded once
 
     tile | value          | bound by
-    B    | 32             | B * D floats are 16 KiB at D = 128: half of L1
+    B    | 64             | the definition: the positions that share a unit; 16 KiB at D = 128
     R    | 32 / group     | 32 queries a block: unpacking is a tenth of their multiply-adds
     V    | divides D/lanes| 2 V accumulators and V loads in 16 registers
 
-Scores carry the key's scale and probabilities the value's, so codes are unpacked as small integers.
+Integers and float64 make the result the same to the last bit whatever the order, which a4.8 needs
+(docs/architecture.md, "Attention"). Scores carry the key's scale and weights the value's.
 Measured: not yet.
 """
 
 import math
 
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.attention.products import QUERY_TILE, multiply_keys, multiply_values
 from schedules.attention.softmax import State, softmax_step
 from schedules.attention.unpack import unpacker
-from schedules.intrin.vector import each, store
+from schedules.intrin.vector import each, fill, fold, store
+from schedules.rms_norm.generic import SMALLEST_STAT, int8_code, int8_factor, int8_scale
 from schedules.targets import TargetSpec
 
-KEYS = 32  # of a block
+KEYS = 64  # of a block
 QUERIES = 32  # that one unpacked block serves
+FACTOR, SUM = 0, 1  # dtypes: of what is multiplied, of what is summed
+DTYPES = {16: ("float64", "float64"), 4: ("int16", "int32"), 3: ("int16", "int32")}
 
 
 def kernel(
@@ -76,27 +82,30 @@ def kernel(
 
 def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: TargetSpec):
     """attend_tile(..., head, first, last): rows first..last, run by run of one slot."""
-    lanes = target.lanes(32)
+    factor_dtype, sum_dtype = DTYPES[kv_bits]
+    lanes = product_lanes(kv_bits, target)
     padded = math.ceil(head_dim / lanes) * lanes  # columns of scratch; those past D stay zero
     queries = tile_rows * group
-    begin_query, finish_query = _query_ends(head_dim, padded, lanes)
+    begin_query, finish_query = _query_ends(head_dim, padded, kv_bits, target)
     attend_block = _block(group, head_dim, kv_bits, target)
 
     @T.inline
     def attend_tile(qkv, codes, scales, slots, positions, y, head, first, last):
-        q = T.alloc_buffer((queries, padded), "float32")
-        o = T.alloc_buffer((queries, padded), "float32")
-        block = T.alloc_buffer((KEYS, padded), "float32")
-        key_scale = T.alloc_buffer((KEYS,), "float32")
-        value_scale = T.alloc_buffer((KEYS,), "float32")
-        p = T.alloc_buffer((queries, KEYS), "float32")
-        peak = T.alloc_buffer((queries,), "float32")
-        total = T.alloc_buffer((queries,), "float32")
-        rescale = T.alloc_buffer((queries,), "float32")
+        q = T.alloc_buffer((queries, padded), factor_dtype)
+        o = T.alloc_buffer((queries, padded), "float64")
+        block = T.alloc_buffer((KEYS, padded), factor_dtype)
+        key_scale = T.alloc_buffer((KEYS,), "float64")
+        value_scale = T.alloc_buffer((KEYS,), "float64")
+        p = T.alloc_buffer((queries, KEYS), sum_dtype)
+        factor = T.alloc_buffer((queries,), "float64")
+        peak = T.alloc_buffer((queries,), "float64")
+        total = T.alloc_buffer((queries,), "float64")
+        rescale = T.alloc_buffer((queries,), "float64")
+        unit = T.alloc_buffer((queries,), "float64")
         run = T.alloc_buffer((2,), "int64")  # rows run[0] : run[1] have one slot
 
         for j, i in T.grid(KEYS, padded):
-            block[j, i] = T.float32(0)
+            block[j, i] = tirx.const(0, factor_dtype)
         run[0] = first
         while run[0] < last:
             run[1] = run[0] + 1
@@ -105,11 +114,14 @@ def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: Targe
             slot: T.let = slots[run[0]]
             seen: T.let = positions[run[1] - 1] + 1
             for r, g in T.grid(run[1] - run[0], group):
-                begin_query(qkv, q, o, peak, total, run[0] + r, head * group + g, r * group + g)
+                begin_query(
+                    qkv, q, o, State(factor, peak, total, rescale, unit),
+                    run[0] + r, head * group + g, r * group + g,
+                )  # fmt: skip
             for b in T.serial(T.ceildiv(seen, KEYS)):
                 attend_block(
                     codes, scales, positions, q, o, p, block, key_scale, value_scale,
-                    State(peak, total, rescale), slot, head, run, b * KEYS,
+                    State(factor, peak, total, rescale, unit), slot, head, run, b * KEYS,
                     T.cast(T.min(seen - b * KEYS, T.int64(KEYS)), "int32"),
                 )  # fmt: skip
             for r, g in T.grid(run[1] - run[0], group):
@@ -119,23 +131,47 @@ def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: Targe
     return attend_tile
 
 
-def _query_ends(head_dim: int, padded: int, lanes: int):
-    """Query i of the tile, times 1/sqrt(D), into scratch; and its result out of it."""
-    factor = head_dim**-0.5
+def product_lanes(kv_bits: int, target: TargetSpec) -> int:
+    """Lanes of the sums of the two products."""
+    return target.lanes(64 if kv_bits == 16 else 32)
 
-    def begin_query(qkv, q, o, peak, total, m, head, i):
-        def load(d, lane):
-            store(q, (i, d), qkv[m, head * head_dim + d] * T.float32(factor))
 
-        each(head_dim, lanes, load)
-        each(padded, lanes, lambda d, lane: store(q, (i, d), T.float32(0)), start=head_dim)
-        each(padded, lanes, lambda d, lane: store(o, (i, d), T.float32(0)))
-        store(peak, (i,), T.min_value("float32"))
-        store(total, (i,), T.float32(0))
+def _query_ends(head_dim: int, padded: int, kv_bits: int, target: TargetSpec):
+    """Query i of the tile into scratch, INT8 for a quantised cache; and its result out of it."""
+    factor_dtype = DTYPES[kv_bits][FACTOR]
+    lanes = target.lanes(32)
+    root = T.float64(head_dim**-0.5)
+
+    def begin_query(qkv, q, o, state, m, head, i):
+        def value(d):
+            return qkv[m, head * head_dim + d]
+
+        if kv_bits == 16:
+            each(head_dim, lanes, lambda d, _: store(q, (i, d), T.cast(value(d), "float64")))
+            store(state.factor, (i,), root)
+        else:
+            peaks = T.alloc_buffer((lanes,), "float32", scope="local")
+            fill(lanes, peaks, T.float32(SMALLEST_STAT))
+            each(
+                head_dim, lanes,
+                lambda d, lane: store(peaks, (lane,), T.max(peaks[lane], T.abs(value(d)))),
+            )  # fmt: skip
+            fold(lanes, peaks, T.max)
+            scale = T.bind(int8_factor(peaks[0]))
+            each(
+                head_dim, lanes,
+                lambda d, _: store(q, (i, d), T.cast(int8_code(value(d), scale), factor_dtype)),
+            )  # fmt: skip
+            store(state.factor, (i,), T.cast(int8_scale(peaks[0]), "float64") * root)
+        zero = tirx.const(0, factor_dtype)
+        each(padded, lanes, lambda d, _: store(q, (i, d), zero), start=head_dim)
+        each(padded, lanes, lambda d, _: store(o, (i, d), T.float64(0)))
+        store(state.peak, (i,), T.min_value("float64"))
+        store(state.total, (i,), T.float64(0))
 
     def finish_query(o, total, y, m, head, i):
         def divide(d, lane):
-            store(y, (m, head * head_dim + d), o[i, d] / total[i])
+            store(y, (m, head * head_dim + d), T.cast(o[i, d] / total[i], "float32"))
 
         each(head_dim, lanes, divide)
 
@@ -144,16 +180,16 @@ def _query_ends(head_dim: int, padded: int, lanes: int):
 
 def _block(group: int, head_dim: int, kv_bits: int, target: TargetSpec):
     """attend_block(..., start, count): keys start : start + count of the run's slot."""
-    lanes = target.lanes(32)
+    lanes = product_lanes(kv_bits, target)
     unpack_row = unpacker(kv_bits, head_dim, target)
 
     def load(codes, scales, slot, head, kv, start, count, block, block_scale):
         with T.serial(count) as j:
             unpack_row(codes, slot, head, kv, start + j, block, j)
             if kv_bits == 16:
-                scale = T.float32(1)
+                scale = T.float64(1)
             else:
-                scale = T.cast(scales[slot, head, kv, start + j], "float32")
+                scale = T.cast(T.cast(scales[slot, head, kv, start + j], "float32"), "float64")
             store(block_scale, (j,), scale)
 
     def for_query_tiles(queries, body):
@@ -173,14 +209,14 @@ def _block(group: int, head_dim: int, kv_bits: int, target: TargetSpec):
             multiply_keys(q, block, p, first, tile, count, lanes)
 
         def values(first, tile):
-            multiply_values(p, block, state.rescale, o, first, tile, count, lanes)
+            multiply_values(p, block, state, o, first, tile, count, lanes)
 
         load(codes, scales, slot, head, 0, start, count, block, key_scale)
         for_query_tiles(queries, keys)
         load(codes, scales, slot, head, 1, start, count, block, value_scale)
         with T.serial(queries) as i:
             seen = positions[run[0] + i // group] + 1 - start
-            softmax_step(p, key_scale, value_scale, state, i, seen, KEYS, lanes)
+            softmax_step(p, key_scale, value_scale, state, i, seen, KEYS, target.lanes(64))
         for_query_tiles(queries, values)
 
     return attend_block

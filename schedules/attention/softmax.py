@@ -1,49 +1,67 @@
-"""One step of an online softmax: scores of a block into weights, sums rescaled.
+"""One step of an online softmax in float64: a block's dot products into weights.
 
-    s[:] = p[:] * key_scale                      masked beyond the row's own position
+    s[:] = dots[:] * (key_scale * factor)        masked beyond the row's own position
     peak' = max(peak, max s)
     rescale = e^(peak - peak')                   of what was summed so far
-    total = total * rescale + sum e^(s - peak')
-    p[:] = e^(s - peak') * value_scale
+    e[:] = e^(s - peak'), total = total * rescale + sum e
+    quantised: w[:] = e * value_scale, unit = max w / 255, p[:] = rint(w / unit)
+    16 bits:   p[:] = e, unit = 1
 
-A block wholly beyond the row's position leaves peak and total and makes p zero, rescale one.
+A block wholly beyond the row's position leaves peak and total, and makes p zero, rescale one.
 """
 
 import operator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from schedules.intrin.exp import exp
+from schedules.intrin.exp import exp, nearest
 from schedules.intrin.vector import each, fill, fold, store
 
+SMALLEST_UNIT = 1e-300  # a block of zeros: what divides them does not matter
 
-class State(NamedTuple):
-    """Of each query, what its softmax has seen."""
 
-    peak: Buffer  # the largest score
-    total: Buffer  # of e^(score - peak)
-    rescale: Buffer  # what the last step multiplied `total` by, and o is to be multiplied by
+@dataclass(frozen=True)
+class State:
+    """What is known of every query of a tile, f64[queries] each."""
+
+    factor: Buffer  # of the dot products: 1/sqrt(D), times the query's scale where quantised
+    peak: Buffer  # largest score
+    total: Buffer  # sum of e^(s - peak)
+    rescale: Buffer  # of this block
+    unit: Buffer  # of this block's weights
 
 
 def softmax_step(p, key_scale, value_scale, state: State, i, seen, keys: int, lanes: int) -> None:
-    """Query i's scores p[i, :keys], of which the first `seen` count, become weights."""
-    peaks, sums = (T.alloc_buffer((lanes,), "float32", scope="local") for _ in range(2))
+    """Query i's products p[i, :keys], of which the first `seen` count, become weights."""
+    is_quantized = str(p.dtype) == "int32"
+    score, peaks, sums, tops = (
+        T.alloc_buffer((size,), "float64", scope="local") for size in (keys, lanes, lanes, lanes)
+    )
     limit = T.bind(T.cast(T.max(T.min(seen, T.int64(keys)), T.int64(0)), "int32"))
+    fill(lanes, peaks, state.peak[i])
+    fill(lanes, sums, T.float64(0))
+    fill(lanes, tops, T.float64(0))
 
     def mask(j, lane):
-        score = T.Select(j < limit, p[i, j] * key_scale[j], T.min_value("float32"))
-        store(p, (i, j), score)
-        store(peaks, (lane,), T.max(peaks[lane], p[i, j]))
+        product = T.cast(p[i, j], "float64") * (key_scale[j] * state.factor[i])
+        store(score, (j,), T.Select(j < limit, product, T.min_value("float64")))
+        store(peaks, (lane,), T.max(peaks[lane], score[j]))
 
     def weigh(j, lane):
-        weight = T.bind(T.Select(j < limit, exp(p[i, j] - peaks[0]), T.float32(0)))
-        store(sums, (lane,), sums[lane] + weight)
-        store(p, (i, j), weight * value_scale[j])
+        e = T.bind(T.Select(j < limit, exp(score[j] - peaks[0]), T.float64(0)))
+        store(sums, (lane,), sums[lane] + e)
+        if is_quantized:
+            store(score, (j,), e * value_scale[j])
+            store(tops, (lane,), T.max(tops[lane], score[j]))
+        else:
+            store(p, (i, j), e)
 
-    fill(lanes, peaks, state.peak[i])
-    fill(lanes, sums, T.float32(0))
+    def quantize(j, lane):
+        divisor = T.max(state.unit[i], T.float64(SMALLEST_UNIT))
+        store(p, (i, j), T.cast(nearest(score[j] / divisor), "int32"))
+
     each(keys, lanes, mask)
     fold(lanes, peaks, T.max)
     each(keys, lanes, weigh)
@@ -51,3 +69,9 @@ def softmax_step(p, key_scale, value_scale, state: State, i, seen, keys: int, la
     store(state.rescale, (i,), exp(state.peak[i] - peaks[0]))
     store(state.peak, (i,), peaks[0])
     store(state.total, (i,), state.total[i] * state.rescale[i] + sums[0])
+    if is_quantized:
+        fold(lanes, tops, T.max)
+        store(state.unit, (i,), tops[0] / T.float64(255))
+        each(keys, lanes, quantize)
+    else:
+        store(state.unit, (i,), T.float64(1))

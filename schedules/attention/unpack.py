@@ -1,4 +1,4 @@
-"""Rows of the packed KV cache to float32, one row of D codes at a time; scales are not applied.
+"""Rows of the packed KV cache, one row of D codes at a time, to the block's dtype; no scales yet.
 
 unpacker(kv_bits, ...) gives row(codes, slot, head, kv, position, block, j), which writes into
 block[j, :D] code - qmax, or the float16 values themselves at 16 bits. The layout is in
@@ -20,7 +20,7 @@ def _halves(head_dim: int, target: TargetSpec):
     def row(codes, slot, head, kv, position, block, j):
         def widen(i, lane):
             half = codes[slot, head, kv, position * head_dim + i]
-            store(block, (j, i), T.cast(half, "float32"))
+            store(block, (j, i), T.cast(T.cast(half, "float32"), block.dtype))
 
         each(head_dim, target.lanes(32), widen)
 
@@ -33,8 +33,8 @@ def _nibbles(head_dim: int, target: TargetSpec):
     def row(codes, slot, head, kv, position, block, j):
         def split(i, lane):
             byte = T.bind(codes[slot, head, kv, position * half + i])
-            store(block, (j, i), centred(byte & T.uint8(15), 7))
-            store(block, (j, half + i), centred(byte >> T.uint8(4), 7))
+            store(block, (j, i), centred(byte & T.uint8(15), 7, block.dtype))
+            store(block, (j, half + i), centred(byte >> T.uint8(4), 7, block.dtype))
 
         each(half, target.lanes(8), split)
 
@@ -53,7 +53,7 @@ def _planes(head_dim: int, target: TargetSpec):
             for f in range(8):
                 low_bits = low[f % 2] >> T.uint8(f // 2 * 2) & T.uint8(3)
                 high_bit = (high >> T.uint8(f) & T.uint8(1)) << T.uint8(2)
-                store(block, (j, f * plane + i), centred(low_bits | high_bit, 3))
+                store(block, (j, f * plane + i), centred(low_bits | high_bit, 3, block.dtype))
 
         each(plane, target.lanes(8), join)
 
@@ -68,5 +68,5 @@ def _planes(head_dim: int, target: TargetSpec):
     return row
 
 
-def centred(code, qmax: int):
-    return T.cast(T.cast(code, "int8") - T.int8(qmax), "float32")
+def centred(code, qmax: int, dtype: str):
+    return T.cast(T.cast(code, "int8") - T.int8(qmax), dtype)

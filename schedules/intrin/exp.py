@@ -1,38 +1,38 @@
-"""exp in float32 by a polynomial: T.exp is a libm call per element.
+"""exp in float64 by a polynomial: T.exp is a libm call per element.
 
     e^x = 2^n e^r,  n = rint(x / ln 2),  r = x - n ln 2 in two steps (Cody, Waite), |r| <= ln 2 / 2
-    e^r = 1 + r + r^2 P(r),   P of degree 5 (Cephes expf: S. Moshier, netlib.org/cephes)
+    e^r = sum of r^k / k!, k <= 12: the next term is below 2e-16
 
-Within 2 ulp on [-87, 88]; arguments beyond are taken for the nearer end, NaN for either.
+Within 4e-16 relative on [-708, 0], the arguments of a softmax; lower ones are taken for -708.
 """
+
+import math
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from schedules.intrin.vector import nearest
-
-LOWEST, HIGHEST = -87.0, 88.0  # so that 2^n and the result are normal floats
+LOWEST = -708.0  # the result is a normal float64
 LOG2_E = 1.4426950408889634
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # the first has 10 bits: n * LN2_HIGH is exact
-COEFFICIENTS = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
-)
+LN2_HIGH, LN2_LOW = 0.693145751953125, 1.4286068203094172e-06  # the first has 17 bits
+DEGREE = 12
+# 1.5 * 2**52: adding it to |v| <= 2**51 leaves rint(v), ties to even, in the low mantissa bits.
+ROUND_MAGIC = 6755399441055744.0
+ROUND_MAGIC_BITS = 0x4338000000000000
+
+
+def nearest(v: Expr) -> Expr:
+    """int64 of rint(v), half to even, |v| <= 2**51; v must be no product (see vector.nearest)."""
+    return T.reinterpret("int64", v + T.float64(ROUND_MAGIC)) - T.int64(ROUND_MAGIC_BITS)
 
 
 def exp(x: Expr) -> Expr:
-    """Emits bindings in the current frame; scalar or vector."""
-    clamped = T.bind(T.max(T.min(x, T.float32(HIGHEST)), T.float32(LOWEST)))
-    power = T.bind(nearest(clamped * T.float32(LOG2_E)))
-    n = T.bind(T.cast(power, "float32"))
-    r = T.bind(clamped - n * T.float32(LN2_HIGH) - n * T.float32(LN2_LOW))
-    p = T.float32(COEFFICIENTS[0])
-    for coefficient in COEFFICIENTS[1:]:
-        p = p * r + T.float32(coefficient)
-    mantissa = T.bind(p * (r * r) + r + T.float32(1))
-    exponent = T.shift_left(power, T.int32(23))
-    return T.reinterpret("float32", T.reinterpret("int32", mantissa) + exponent)
+    """Emits bindings in the current frame; scalar or vector, x <= 0."""
+    clamped = T.bind(T.max(x, T.float64(LOWEST)))
+    power = T.bind(nearest(clamped * T.float64(LOG2_E)))  # contraction moves a tie: |r| stays small
+    n = T.bind(T.cast(power, "float64"))
+    r = T.bind(clamped - n * T.float64(LN2_HIGH) - n * T.float64(LN2_LOW))
+    p = T.float64(1 / math.factorial(DEGREE))
+    for k in range(DEGREE - 1, -1, -1):
+        p = p * r + T.float64(1 / math.factorial(k))
+    exponent = T.shift_left(power, T.int64(52))
+    return T.reinterpret("float64", T.reinterpret("int64", T.bind(p)) + exponent)
