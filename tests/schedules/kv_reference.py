@@ -70,15 +70,16 @@ def append(codes, scales, qkv, slots, positions, heads, kv_heads, kv_bits):
         scales[slot, :, :, position] = quantized[bits][1][m]
 
 
-def dequantize(codes, scales, kv_bits, dim, context):
-    """One slot's codes and scales -> f32[Hkv, 2, context, D]."""
+def levels(codes, kv_bits, dim):
+    """One slot's codes -> f64[Hkv, 2, T, D]: the float16 values at 16 bits, else code - qmax."""
     if kv_bits == 16:
-        return codes.reshape(*codes.shape[:2], context, dim).astype(F32)
+        return codes.reshape(*codes.shape[:2], -1, dim).astype(np.float64)
     first = 1 if kv_bits == 3 else 0  # position of the first row of kv_bits
     bos, rest = np.split(codes, [first * dim // 2], axis=-1)
     parts = [
-        unpack(part.reshape(*codes.shape[:2], -1, dim * bits // 8), bits, dim).astype(F32) - qmax
-        for part, bits, qmax in ((bos, 4, F32(7)), (rest, kv_bits, F32(2 ** (kv_bits - 1) - 1)))
+        unpack(part.reshape(*codes.shape[:2], -1, dim * bits // 8), bits, dim).astype(np.float64)
+        - (2 ** (bits - 1) - 1)
+        for part, bits in ((bos, 4), (rest, kv_bits))
         if part.shape[-1]
     ]
-    return np.concatenate(parts, axis=2) * scales[..., None].astype(F32)
+    return np.concatenate(parts, axis=2)
