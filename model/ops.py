@@ -172,7 +172,8 @@ def sparse_ternary_matmul(
     """y = residual + ternary_matmul(q, w) with q i8[M, K] sparse; index, count as
     rms_norm_topk_int8 gives them.
     """
-    return residual + _scaled(exact_matmul(q, w), scale, w_scale)
+    acc = exact_matmul(q, w).double()
+    return (residual.double() + acc * (scale[:, None] * w_scale[None, :]).double()).float()
 
 
 @sparse_ternary_matmul.register_fake

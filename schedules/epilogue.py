@@ -3,7 +3,7 @@
     name     | extra tensor       | out[m, n], where s = scale[m] * w_scale[n]
     scale    |                    | acc * s
     glu      | gate f32[M, N]     | (g * g) * (acc * s), g = max(gate, 0)
-    residual | residual f32[M, N] | residual + acc * s; the sum alone may be contracted
+    residual | residual f32[M, N] | residual + acc * s in float64, rounded once
 
 A kernel is written with a tensor `extra` between `w_scale` and `out`; `finish` removes it from the
 parameters where the epilogue has none.
@@ -36,10 +36,17 @@ def _glu(acc: Expr, scale: Expr, gate: Expr) -> Expr:
     return g * g * (acc * scale)
 
 
+def _residual(acc: Expr, scale: Expr, residual: Expr) -> Expr:
+    """acc * scale is exact in float64, so contracting it into the sum changes nothing."""
+    narrow = str(residual.ty.dtype)  # float32, or float32x8
+    wide = [T.cast(v, narrow.replace("32", "64", 1)) for v in (acc, scale, residual)]
+    return T.cast(wide[2] + wide[0] * wide[1], narrow)
+
+
 EPILOGUES = {
     "scale": Epilogue(None, lambda acc, scale, _: acc * scale),
     "glu": Epilogue("gate", _glu, is_gated=True),
-    "residual": Epilogue("residual", lambda acc, scale, residual: residual + acc * scale),
+    "residual": Epilogue("residual", _residual),
 }
 
 

@@ -53,7 +53,8 @@ def softmax_step(p, key_scale, value_scale, state: State, i, seen, keys: int, la
         e = T.bind(T.Select(j < limit, exp(score[j] - peaks[0]), T.float64(0)))
         store(sums, (lane,), sums[lane] + e)
         if is_quantized:
-            store(score, (j,), e * value_scale[j])
+            # Scales past the limit were never loaded: zero times what lies there may be NaN.
+            store(score, (j,), T.Select(j < limit, e * value_scale[j], T.float64(0)))
             store(tops, (lane,), T.max(tops[lane], score[j]))
         else:
             store(p, (i, j), e)
