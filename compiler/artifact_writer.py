@@ -138,9 +138,19 @@ def write_manifest(directory: Path, facts: Mapping[str, object], files: Sequence
         "files": {name: sha256(directory / name) for name in files},
     }
     with (directory / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
+        file.write(to_lines(manifest) + "\n")
         _flush(file)
+
+
+def to_lines(value: object, depth: int = 0) -> str:
+    """JSON to be read: objects are spread over lines, those that lists hold take a line each."""
+    inner, outer = "\n" + " " * (depth + 1), "\n" + " " * depth
+    if isinstance(value, dict) and depth < 2 and value:
+        items = [f"{json.dumps(key)}: {to_lines(item, depth + 1)}" for key, item in value.items()]
+        return "{" + inner + ("," + inner).join(items) + outer + "}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[" + inner + ("," + inner).join(map(json.dumps, value)) + outer + "]"
+    return json.dumps(value)
 
 
 def sha256(path: Path) -> str:

@@ -87,3 +87,11 @@ def test_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BuildError, match=r"asked for .*file/x, cannot write in .*file \("):
         write_artifact(tmp_path / "file" / "x", "new")
+
+
+def test_manifest_text_is_json_with_a_line_for_each_tensor():
+    tensors = [{"name": "a", "shape": [1, 2]}, {"name": "b", "shape": []}]
+    manifest = {"format": 1, "tensors": tensors, "record": {"kernels": tensors, "versions": {}}}
+    text = artifact_writer.to_lines(manifest)
+    assert json.loads(text) == manifest
+    assert text.count('\n  {"name": "a", "shape": [1, 2]},\n  {"name": "b", "shape": []}\n') == 1
