@@ -185,15 +185,15 @@ def _weighted_codes(q: Tensor, levels: Tensor, scales: Tensor, hidden: Tensor) -
     scores = dots * (k_scale[None, :, None, :] * (q_scale.double() * q.shape[-1] ** -0.5))
     scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
     e = (scores - scores.amax(-1, keepdim=True)).exp()
-    whole = -scores.shape[-1] % BLOCK_POSITIONS
-    w = torch.nn.functional.pad(e * v_scale[None, :, None, :], (0, whole))
-    w = w.unflatten(-1, (-1, BLOCK_POSITIONS))
+    w = e * v_scale[None, :, None, :]
+    blocks = torch.nn.functional.pad(w, (0, -w.shape[-1] % BLOCK_POSITIONS))
+    blocks = blocks.unflatten(-1, (-1, BLOCK_POSITIONS))
     # A block of zeros is far below the largest score: its weights are zero whatever divides them.
-    unit = w.amax(-1, keepdim=True) / 255
-    p = torch.round(w / unit.clamp_min(SMALLEST_UNIT))
-    v = torch.nn.functional.pad(levels[:, 1], (0, 0, 0, whole)).unflatten(1, (-1, BLOCK_POSITIONS))
-    sums = torch.einsum("mhgbt,hbtd->mhgbd", p, v)
-    return ((sums * unit).sum(-2) / e.sum(-1, keepdim=True)).float()
+    unit = blocks.amax(-1, keepdim=True) / 255
+    p = torch.round(blocks / unit.clamp_min(SMALLEST_UNIT))
+    weights = (p * unit).flatten(-2)[..., : w.shape[-1]]
+    y = torch.einsum("mhgt,htd->mhgd", weights, levels[:, 1])
+    return (y / e.sum(-1, keepdim=True)).float()
 
 
 @attention.register_fake

@@ -1,0 +1,9 @@
+"""Settings of every test process.
+
+Two pytest workers share two cores. An OpenMP team whose threads wait for each other by spinning
+then takes 30 s for what one thread does in one (torch's eager reference), so each has one thread.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
