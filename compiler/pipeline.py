@@ -13,6 +13,7 @@ from compiler.config import BuildError
 from compiler.passes.drop_checks import drop_checks
 from compiler.passes.dump_ir import dump_ir
 from compiler.passes.pack_weights import pack_weights
+from compiler.passes.probe_sparsity import probe_sparsity
 from compiler.passes.reuse_tensors import reuse_tensors
 from compiler.passes.schedule_stock_ops import schedule_stock_ops
 from compiler.passes.specialize_kv_cache import specialize_kv_cache
@@ -30,6 +31,8 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         # Phase 1: the dialect, for this target and these caches
         pack_weights,
         specialize_kv_cache(kv_bits),
+        probe_sparsity,
+        transform.DeadCodeElimination(),
         *dump("1-specialized"),
         # Phase 2: every dialect call becomes a call of its kernel, stock ops become loops
         transform.LegalizeOps(),
