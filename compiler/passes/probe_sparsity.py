@@ -62,7 +62,7 @@ def probe(func: relax.Function, name: str) -> relax.Function:
                 builder.emit_normalized(binding)
             stacked = builder.emit(relax.op.stack(list(counts), axis=0))
             mean = builder.emit(relax.op.mean(relax.op.astype(stacked, "float32"), axis=1))
-            share = builder.emit(relax.op.divide(mean, relax.const(np.float32(sizes))))
+            share = builder.emit(relax.op.divide(mean, relax.const(np.array(sizes, np.float32))))
             zeros = builder.emit(relax.op.subtract(relax.const(np.float32(1)), share))
             shape = (len(counts) // SITES, SITES)
             found = builder.emit_output(relax.op.reshape(zeros, shape))
