@@ -1,12 +1,14 @@
 """The training model: causal in both stages, each variant as documented, transformers' names."""
 
+from typing import cast
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import TINY, VARIANTS, random_tokens, training_model
 
 from model import bitnet
-from model.bitnet import BitNetModel
+from model.bitnet import BitNetModel, Layer
 from model.quantizers import fake_int4, fake_int8, fake_topk_int8
 
 STAGED = [
@@ -55,7 +57,8 @@ def quantizer_inputs(
     model: BitNetModel, stage: str
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(input, output) of the quantizer in front of each linear of layer 0."""
-    layer, seen = model.model.layers[0], {}
+    layer = cast(Layer, model.model.layers[0])
+    seen: dict[str, tuple] = {}
     for site, module in {
         "qkv": layer.self_attn.in_quant, "o": layer.self_attn.out_quant,
         "gate_up": layer.mlp.in_quant, "down": layer.mlp.out_quant,

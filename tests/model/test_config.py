@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -75,7 +76,7 @@ def test_only_a48_quantises_the_cache():
 def test_what_transformers_writes_is_read(tmp_path):
     from transformers import BitNetConfig, LlamaConfig
 
-    shape = dict(
+    shape: dict[str, Any] = dict(
         vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
         num_attention_heads=6, num_key_value_heads=2, bos_token_id=3, eos_token_id=4,
         max_position_embeddings=77,

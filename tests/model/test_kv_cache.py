@@ -129,23 +129,76 @@ def test_what_is_appended_comes_back_within_half_a_step(bits):
         assert (error[..., 1:] > amax[..., 1:] / 7 * 0.51).any()
 
 
-@pytest.mark.parametrize("bits", [16, 4, 3])
-def test_attention_is_softmax_over_the_slots_own_past(bits):
-    """Against one head of one row at a time in float64, over the dequantised cache."""
-    d, context = 16, 8
-    slots = torch.tensor([1] * 5 + [0] * 3)
-    positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
-    qkv = qkv_rows(8, d, seed=2)
-    cache = kv_cache.empty_cache(bits, 2, context, KV_HEADS, d)
+def filled(bits: int, d: int, lengths: list[int], context: int) -> tuple:
+    """qkv rows, slots, positions and cache of sequences of these lengths, one slot each."""
+    slots = torch.cat([torch.full((n,), slot) for slot, n in enumerate(lengths)])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    qkv = qkv_rows(len(slots), d, seed=2)
+    cache = kv_cache.empty_cache(bits, len(lengths), context, KV_HEADS, d)
     cache = kv_cache.kv_append(*cache, qkv, slots, positions, HEADS, KV_HEADS, bits)
-    rows = torch.tensor([4, 1, 7])  # any rows, in any order of slots
-    out = kv_cache.attention(qkv[rows], *cache, slots[rows], positions[rows], HEADS, KV_HEADS, bits)
+    return qkv, slots, positions, cache
+
+
+def softmax_attention(q, k, v) -> torch.Tensor:
+    weight = torch.exp(k @ q / math.sqrt(len(q)))
+    return (weight / weight.sum()) @ v
+
+
+def integer_attention(q, k, v, scales) -> torch.Tensor:
+    """One query head over one slot, as docs/architecture.md writes it, position by position.
+
+    q f32[D]; k, v signed levels [T, D]; scales [2, T]; all numbers python floats but the vectors.
+    """
+    (q8,), ((q_scale,),) = quantizers.int8_absmax(q[None])
+    q_scale = q_scale.item()
+    s = [
+        int(q8.long() @ k[t].long()) * scales[0, t].item() * q_scale / math.sqrt(len(q))
+        for t in range(len(k))
+    ]
+    e = [math.exp(score - max(s)) for score in s]
+    w = [e[t] * scales[1, t].item() for t in range(len(k))]
+    y = torch.zeros(len(q), dtype=torch.float64)
+    for first in range(0, len(k), 64):
+        block = range(first, min(first + 64, len(k)))
+        unit = max(w[t] for t in block) / 255
+        y += unit * sum(round(w[t] / unit) * v[t].double() for t in block)
+    return y / sum(e)
+
+
+@pytest.mark.parametrize("bits", [16, 4, 3])
+def test_attention_is_that_of_the_page_over_the_slots_own_past(bits):
+    """The rows end inside the first, on the edge of the second and inside the third block of 64;
+    asked for in any order, and of both slots."""
+    d = 16
+    qkv, slots, positions, cache = filled(bits, d, [150, 3], 160)
+    rows = torch.tensor([149, 1, 152, 127, 64, 0])
+    arguments = qkv[rows], *cache, slots[rows], positions[rows], HEADS, KV_HEADS, bits
+    out = kv_cache.attention(*arguments).reshape(-1, HEADS, d)
     for i, m in enumerate(rows.tolist()):
-        stored = kv_cache.dequantize(cache[0][slots[m]], cache[1][slots[m]], bits, d).double()
-        seen = int(positions[m]) + 1
+        slot, seen = slots[m], int(positions[m]) + 1
+        values = kv_cache.dequantize(cache[0][slot], cache[1][slot], bits, d)[:, :, :seen]
+        scales = cache[1][slot, :, :, :seen].double()
         for head in range(HEADS):
-            k, v = stored[head // (HEADS // KV_HEADS), :, :seen]
-            q = qkv[m].reshape(-1, d)[head].double()
-            weight = torch.exp(k @ q / math.sqrt(d))
-            expected = (weight / weight.sum()) @ v
-            assert torch.allclose(out[i].reshape(HEADS, d)[head].double(), expected, atol=1e-5)
+            kv_head = head // (HEADS // KV_HEADS)
+            q, (k, v) = qkv[m].reshape(-1, d)[head], values[kv_head].double()
+            if bits == 16:
+                expected = softmax_attention(q.double(), k, v)
+            else:
+                k, v = (values[kv_head].double() / scales[kv_head, ..., None]).round()
+                expected = integer_attention(q, k, v, scales[kv_head])
+            assert torch.allclose(out[i, head].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_integer_attention_is_near_softmax(bits):
+    """q moves by half of 1/127 of its maximum, each weight by half of 1/255 of the block's largest:
+    per cents of the result at the most, which is a mean over 100 positions."""
+    d = 64
+    qkv, slots, positions, cache = filled(bits, d, [100], 100)
+    out = kv_cache.attention(qkv, *cache, slots, positions, HEADS, KV_HEADS, bits)
+    values = kv_cache.dequantize(cache[0][0], cache[1][0], bits, d).double()
+    for head in range(HEADS):
+        k, v = values[head // (HEADS // KV_HEADS)]
+        expected = softmax_attention(qkv[99].reshape(-1, d)[head].double(), k, v)
+        error = (out[99].reshape(HEADS, d)[head].double() - expected).norm() / expected.norm()
+        assert 1e-5 < error < 0.03

@@ -322,7 +322,7 @@ def test_training_sees_the_same_codes_and_the_gradient_of_the_identity(name):
     )
     weight = gaussian(32, 64, seed=4)
     (y * weight).sum().backward()
-    assert torch.equal(x.grad, weight)
+    assert x.grad is not None and torch.equal(x.grad, weight)
 
 
 def test_fake_kv_mixes_bit_widths():
