@@ -21,10 +21,9 @@ from schedules.targets import TARGETS
 TINY = MODELS["tiny"]
 VARIANTS = {
     "a4.8-int4": TINY,
-    "a4.8-fp4": TINY.replace(activation_format="fp4"),
+    "a4.8-fp4": TINY.replace(activation_format="fp4", tie_word_embeddings=False),
     "b1.58": TINY.with_variant("b1.58"),
     "llama": TINY.with_variant("llama"),
-    "untied": TINY.replace(tie_word_embeddings=False),
 }
 KV_BITS = (16, 4, 3)
 
