@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 
+from tvm.ir import GlobalVar
+from tvm.relax import BlockBuilder
 from tvm.tirx import PrimFunc
 
 from compiler.quick_macros import install
@@ -29,12 +31,29 @@ class KernelTable:
     target: TargetSpec
     record: list[dict[str, object]] = field(default_factory=list)
     _built: dict[tuple, PrimFunc] = field(default_factory=dict)
+    _added: dict[tuple, GlobalVar] = field(default_factory=dict)  # to the module being legalised
+    _builder: BlockBuilder | None = None
 
-    def get(
-        self, op: str, family: str, sizes: dict[str, int | float], make: Callable[[], PrimFunc]
-    ) -> PrimFunc:
-        """The kernel of an operator for these sizes; built if it is the first call for them."""
+    def add(
+        self,
+        builder: BlockBuilder,
+        op: str,
+        family: str,
+        sizes: dict[str, int | float],
+        make: Callable[[], PrimFunc],
+    ) -> GlobalVar:
+        """The kernel of an operator for these sizes; built and added by the first call for them.
+
+        `builder.add_func` finds equal functions too, but takes 2.5 ms to hash a kernel.
+        """
+        if self._builder is None or not self._builder.same_as(builder):
+            self._builder, self._added = builder, {}
         key = (op, *sizes.items())
+        if key not in self._added:
+            self._added[key] = builder.add_func(self._build(key, op, family, sizes, make), op)
+        return self._added[key]
+
+    def _build(self, key: tuple, op: str, family: str, sizes: dict, make) -> PrimFunc:
         if key not in self._built:
             attrs = {"tirx.is_scheduled": True, "op_pattern": OPAQUE}
             self._built[key] = make().with_attr(attrs)

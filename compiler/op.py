@@ -69,17 +69,17 @@ class OpDef:
         family, schedule = find_schedule(self.schedules, table.target.families)
         if self.weight and (problem := self._layout_problem(match, statics, table.target)):
             match.refuse(f"{problem}, as schedules/{self.schedules}/{family}.py reads it")
-        kernel = table.get(
+        kernel = table.add(
+            bb,
             self.name,
             family,
             match.constants() | dict(statics),
             lambda: self.kernel(schedule, match.static, statics, table.target),
         )
         tensors, types = list(call.args[: len(self.tensors)]), self._result_types(match)
-        function = bb.add_func(kernel, self.name)
         if self.inplace:
-            return relax.op.call_tir_inplace(function, tensors, list(self.inplace), types)
-        return relax.call_tir(function, tensors, types if len(types) > 1 else types[0])
+            return relax.op.call_tir_inplace(kernel, tensors, list(self.inplace), types)
+        return relax.call_tir(kernel, tensors, types if len(types) > 1 else types[0])
 
     def weight_layout(self, statics: Statics, target: TargetSpec) -> Layout:
         """The layout in which the target's kernel reads the weight."""

@@ -4,8 +4,8 @@ VMShapeLower checks each field of `params` and `caches` on entry, though every k
 arguments again. Checks that bind a symbol stay. Reads of fields that nothing uses any more go
 too, and so do the tuples that kernels with several results leave behind.
 
-Measured (2 cores of a Xeon at 2.x GHz, decode of 12 layers whose kernels are empty): with this
-pass, ReuseTensors and no KillAfterLastUse 81 us a step, without 406.
+Measured (2 cores of an Intel Xeon, 2026-11-22, decode of 12 layers whose kernels are empty): 81 us
+a step with this pass, with ReuseTensors and without KillAfterLastUse; 406 us before.
 """
 
 import tvm
