@@ -86,7 +86,7 @@ def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: Targe
     lanes = product_lanes(kv_bits, target)
     padded = math.ceil(head_dim / lanes) * lanes  # columns of scratch; those past D stay zero
     queries = tile_rows * group
-    begin_query, finish_query = _query_ends(head_dim, padded, kv_bits, target)
+    begin_query, finish_query = query_ends(head_dim, padded, kv_bits, target)
     attend_block = _block(group, head_dim, kv_bits, target)
 
     @T.inline
@@ -136,9 +136,8 @@ def product_lanes(kv_bits: int, target: TargetSpec) -> int:
     return target.lanes(64 if kv_bits == 16 else 32)
 
 
-def _query_ends(head_dim: int, padded: int, kv_bits: int, target: TargetSpec):
+def query_ends(head_dim: int, padded: int, kv_bits: int, target: TargetSpec):
     """Query i of the tile into scratch, INT8 for a quantised cache; and its result out of it."""
-    factor_dtype = DTYPES[kv_bits][FACTOR]
     lanes = target.lanes(32)
     root = T.float64(head_dim**-0.5)
 
@@ -160,10 +159,10 @@ def _query_ends(head_dim: int, padded: int, kv_bits: int, target: TargetSpec):
             scale = T.bind(int8_factor(peaks[0]))
             each(
                 head_dim, lanes,
-                lambda d, _: store(q, (i, d), T.cast(int8_code(value(d), scale), factor_dtype)),
+                lambda d, _: store(q, (i, d), T.cast(int8_code(value(d), scale), q.dtype)),
             )  # fmt: skip
             store(state.factor, (i,), T.cast(int8_scale(peaks[0]), "float64") * root)
-        zero = tirx.const(0, factor_dtype)
+        zero = tirx.const(0, q.dtype)
         each(padded, lanes, lambda d, _: store(q, (i, d), zero), start=head_dim)
         each(padded, lanes, lambda d, _: store(o, (i, d), T.float64(0)))
         store(state.peak, (i,), T.min_value("float64"))

@@ -1,14 +1,16 @@
 """Rows of the packed KV cache, one row of D codes at a time, to the block's dtype; no scales yet.
 
 unpacker(kv_bits, ...) gives row(codes, slot, head, kv, position, block, j), which writes into
-block[j, :D] code - qmax, or the float16 values themselves at 16 bits. The layout is in
-docs/architecture.md, "KV cache".
+block[j, :D] code - qmax, or the float16 values themselves at 16 bits; a block of uint8 holds
+code - qmax + BIAS. The layout is in docs/architecture.md, "KV cache".
 """
 
 from tvm.script import tirx as T
 
 from schedules.intrin.vector import each, store
 from schedules.targets import TargetSpec
+
+BIAS = 7  # of unsigned levels: the largest qmax, as a 3-bit cache has a 4-bit row
 
 
 def unpacker(kv_bits: int, head_dim: int, target: TargetSpec):
@@ -42,8 +44,6 @@ def _nibbles(head_dim: int, target: TargetSpec):
 
 
 def _planes(head_dim: int, target: TargetSpec):
-    """3 bits, but for the bos row, which is one of nibbles."""
-    bos_row = _nibbles(head_dim, target)
     plane = head_dim // 8
 
     def planes_row(codes, slot, head, kv, base, block, j):
@@ -57,16 +57,25 @@ def _planes(head_dim: int, target: TargetSpec):
 
         each(plane, target.lanes(8), join)
 
+    return bos_first(head_dim, planes_row, target)
+
+
+def bos_first(head_dim: int, planes_row, target: TargetSpec):
+    """3 bits, planes_row(..., base, ...), but for the bos row, which is one of nibbles."""
+    bos_row = _nibbles(head_dim, target)
+
     def row(codes, slot, head, kv, position, block, j):
         with T.If(position == 0):
             with T.Then():
                 bos_row(codes, slot, head, kv, position, block, j)
             with T.Else():
-                base = T.bind(head_dim // 2 + (position - 1) * (3 * plane))
+                base = T.bind(head_dim // 2 + (position - 1) * (3 * head_dim // 8))
                 planes_row(codes, slot, head, kv, base, block, j)
 
     return row
 
 
 def centred(code, qmax: int, dtype: str):
+    if str(dtype) == "uint8":
+        return code + T.uint8(BIAS - qmax)
     return T.cast(T.cast(code, "int8") - T.int8(qmax), dtype)

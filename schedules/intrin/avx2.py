@@ -14,8 +14,14 @@ def load(buffer, *index: Expr | int, lanes: int) -> Expr:
     return buffer[(*index[:-1], last)]
 
 
+def like(dtype: str, lanes: int) -> str:
+    """The dtype of `lanes` elements."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
 def store(buffer, *index: Expr | int, value: Expr, lanes: int) -> None:
-    T.buffer_store(buffer, value, [*index[:-1], T.ramp(index[-1], 1, lanes)])
+    last = index[-1] if lanes == 1 else T.ramp(index[-1], 1, lanes)
+    T.buffer_store(buffer, value, [*index[:-1], last])
 
 
 def add(buffer, *index: Expr | int, value: Expr, lanes: int) -> None:
@@ -76,6 +82,16 @@ def multiply_add_bytes(unsigned: Expr, signed: Expr) -> Expr:
 def multiply_add_words(a: Expr, b: Expr) -> Expr:
     """vpmaddwd: int32 out[j] = a[2j] * b[2j] + a[2j+1] * b[2j+1]."""
     return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
+
+
+def add_neighbours(a: Expr, b: Expr) -> Expr:
+    """vphaddd: sums of two neighbours, within each 128-bit lane two of a, then two of b."""
+    return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.phadd.d", a, b)
+
+
+def halves(vector: Expr, dtype: str) -> tuple[Expr, Expr]:
+    """The two halves of a register, `dtype` theirs."""
+    return T.vectorlow(dtype, vector), T.vectorhigh(dtype, vector)
 
 
 def sum_lanes(vector: Expr) -> Expr:

@@ -12,23 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedules.attention.generic import kernel
 from schedules.targets import TARGETS
 from tests.schedules import kv_reference
 from tests.schedules.compiled import EVERY_TARGET, compiled
+from tests.schedules.matmul_reference import module
 from tests.schedules.test_rms_norm import int8
 
 F32, F64 = np.float32, np.float64
 SLOTS = 5
-#           heads, KV heads, D: groups of 1, 2, 3, 4 and more than a tile of queries
-SHAPES = [(4, 2, 16), (3, 3, 64), (4, 1, 128), (6, 2, 40), (40, 1, 16)]
+# heads, KV heads, D: groups of 1 to 5 and more than a tile of queries; D of one register and many
+SHAPES = [(4, 2, 16), (3, 3, 64), (4, 1, 128), (6, 2, 40), (40, 1, 16), (5, 1, 8), (2, 1, 264)]
 KV_BITS = pytest.mark.parametrize("kv_bits", [16, 4, 3])
 
 
 @functools.cache
 def built(shape, kv_bits, target_name):
     target = TARGETS[target_name]
-    return compiled(kernel(*shape, kv_bits, target), target)
+    return compiled(module("attention", target).kernel(*shape, kv_bits, target), target)
 
 
 def expected(q, levels, scales, positions):
@@ -75,11 +75,12 @@ def filled(shape, kv_bits, context, rng, size=1.0):
     return codes, scales
 
 
-def check(shape, kv_bits, target, cache, slots, positions, rng, size=1.0):
+def check(shape, kv_bits, target, cache, slots, positions, rng, size=1.0, qkv=None):
     heads, kv_heads, dim = shape
     codes, scales = cache
     m = len(slots)
-    qkv = (size * rng.standard_normal((m, (heads + 2 * kv_heads) * dim))).astype(F32)
+    if qkv is None:
+        qkv = (size * rng.standard_normal((m, (heads + 2 * kv_heads) * dim))).astype(F32)
     y = np.full((m, heads * dim), np.nan, F32)
     run = built(shape, kv_bits, target.name)
     *inputs, y = run(qkv, codes, scales, np.asarray(slots), np.asarray(positions), y)
@@ -100,7 +101,7 @@ def test_matches_definition(shape, kv_bits, target):
     rng = np.random.default_rng(1)
     context = 140
     cache = filled(shape, kv_bits, context, rng)
-    for m in (1, 2, 5, 33, 128) if shape is SHAPES[0] else (2, 33):
+    for m in (1, 2, 3, 5, 8, 16, 17, 33, 128) if shape is SHAPES[0] else (2, 33):
         for first in (0, context - m):  # prefill, from the start or later
             check(shape, kv_bits, target, cache, [3] * m, np.arange(first, first + m), rng)
     for position in (0, 63, 64, 139):  # decode of every slot, at block ends and apart
@@ -150,6 +151,38 @@ def test_sharp_and_flat_scores(target):
     cache = filled(SHAPES[0], 4, 100, rng)
     check(SHAPES[0], 4, target, cache, [0] * 9, np.arange(80, 89), rng, size=50.0)
     check(SHAPES[0], 4, target, cache, [0] * 9, np.arange(80, 89), rng, size=0.0)
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("kv_bits", [4, 3])
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_largest_sums(kv_bits, signs, target):
+    """Every level of the cache at an end of its range and every q8 at 127: narrow sums fill up."""
+    rng = np.random.default_rng(7)
+    (heads, kv_heads, dim), context = (shape := (2, 1, 264)), 130
+    codes, scales = kv_reference.empty(kv_bits, SLOTS, context, kv_heads, dim)
+    qkv = np.ones((context, heads + 2 * kv_heads, dim), F32)
+    qkv[:, heads:] *= np.array(signs, F32)[:, None]
+    slots = np.full(context, 1)
+    qkv = qkv.reshape(context, -1)
+    where = slots, np.arange(context)
+    kv_reference.append(codes, scales, qkv, *where, heads, kv_heads, kv_bits)
+    for m in (1, 5):
+        last = np.arange(context - m, context)
+        check(shape, kv_bits, target, (codes, scales), slots[:m], last, rng, qkv=qkv[:m])
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("kv_bits", [4, 3])
+def test_split_positions(kv_bits, target):
+    """Few rows of several slots, whose shares of the blocks differ and may be empty."""
+    rng = np.random.default_rng(8)
+    shape, context = SHAPES[0], 330
+    cache = filled(shape, kv_bits, context, rng)
+    for positions in ([5], [200], [329, 0], [63, 64, 127, 128], [1, 329, 65, 191, 192]):
+        slots = np.arange(len(positions))
+        check(shape, kv_bits, target, cache, slots, positions, rng)
+        check(shape, kv_bits, target, cache, slots, positions, rng, size=30.0)
 
 
 @pytest.mark.parametrize("target", EVERY_TARGET)
