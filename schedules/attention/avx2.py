@@ -42,10 +42,11 @@ from schedules.attention.products_avx2 import (
     pair_weights,
     write_offset,
 )
-from schedules.attention.softmax import State, exp, softmax_step
+from schedules.attention.softmax import State, softmax_step
 from schedules.attention.unpack import unpacker
 from schedules.attention.unpack_avx2 import planes_unpacker
 from schedules.intrin import avx2, threads
+from schedules.intrin.exp import exp
 from schedules.targets import TargetSpec
 
 THREAD_TASKS = 4  # tasks a thread that leave no thread idle for long

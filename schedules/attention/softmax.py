@@ -10,16 +10,13 @@
 A block wholly beyond the row's position leaves peak and total, and makes p zero, rescale one.
 """
 
-import math
 import operator
 from dataclasses import dataclass
 
-from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from schedules.intrin import exp as scalar
-from schedules.intrin.exp import nearest
+from schedules.intrin.exp import exp, nearest
 from schedules.intrin.vector import each, fill, fold, store
 
 SMALLEST_UNIT = 1e-300  # a block of zeros: what divides them does not matter
@@ -34,21 +31,6 @@ class State:
     total: Buffer  # sum of e^(s - peak)
     rescale: Buffer  # of this block
     unit: Buffer  # of this block's weights
-
-
-def exp(x: Expr) -> Expr:
-    """`intrin.exp.exp` without its cast from int64, which AVX2 does lane by lane: the magic
-    number is taken off as a float, bound first so that TVM does not simplify (v + c) - c."""
-    magic = T.float64(scalar.ROUND_MAGIC)
-    clamped = T.bind(T.max(x, T.float64(scalar.LOWEST)))
-    bits = T.bind(T.reinterpret("int64", clamped * T.float64(scalar.LOG2_E) + magic))
-    n = T.bind(T.reinterpret("float64", bits) - magic)
-    r = T.bind(clamped - n * T.float64(scalar.LN2_HIGH) - n * T.float64(scalar.LN2_LOW))
-    p = T.float64(1 / math.factorial(scalar.DEGREE))
-    for k in range(scalar.DEGREE - 1, -1, -1):
-        p = p * r + T.float64(1 / math.factorial(k))
-    exponent = T.shift_left(bits, T.int64(52))  # the magic number's bits all leave
-    return T.reinterpret("float64", T.reinterpret("int64", T.bind(p)) + exponent)
 
 
 def softmax_step(p, key_scale, value_scale, state: State, i, seen, keys: int, lanes: int) -> None:

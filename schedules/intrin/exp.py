@@ -28,11 +28,12 @@ def nearest(v: Expr) -> Expr:
 def exp(x: Expr) -> Expr:
     """Emits bindings in the current frame; scalar or vector, x <= 0."""
     clamped = T.bind(T.max(x, T.float64(LOWEST)))
-    power = T.bind(nearest(clamped * T.float64(LOG2_E)))  # contraction moves a tie: |r| stays small
-    n = T.bind(T.cast(power, "float64"))
+    # Contraction moves a tie: |r| stays small. No cast from int64: AVX2 does it lane by lane.
+    bits = T.bind(T.reinterpret("int64", clamped * T.float64(LOG2_E) + T.float64(ROUND_MAGIC)))
+    n = T.bind(T.reinterpret("float64", bits) - T.float64(ROUND_MAGIC))
     r = T.bind(clamped - n * T.float64(LN2_HIGH) - n * T.float64(LN2_LOW))
     p = T.float64(1 / math.factorial(DEGREE))
     for k in range(DEGREE - 1, -1, -1):
         p = p * r + T.float64(1 / math.factorial(k))
-    exponent = T.shift_left(power, T.int64(52))
+    exponent = T.shift_left(bits, T.int64(52))  # the magic number's bits all leave
     return T.reinterpret("float64", T.reinterpret("int64", T.bind(p)) + exponent)
