@@ -26,6 +26,7 @@ from schedules.layouts import LAYOUTS
 FORMAT = 1
 MANIFEST = "artifact.json"
 LIBRARY, PARAMS, TOKENIZER = "model.so", "params.bin", "tokenizer.json"
+FILES = {MANIFEST, LIBRARY, PARAMS, TOKENIZER, "config.json"}
 PAGE_BYTES = 4096  # a tensor starts on a page, so that it can be mapped
 CHUNK_BYTES = 64 * 2**20  # the unit in which params.bin is hashed, in parallel when it is read
 
@@ -43,9 +44,9 @@ class Parameter:
 @contextmanager
 def replacing(destination: Path) -> Iterator[Path]:
     """A new directory that becomes `destination` when the block ends without an exception."""
-    if destination.exists() and not is_replaceable(destination):
+    if destination.exists() and (problem := why_kept(destination)):
         raise BuildError(
-            f"output: {destination} exists and is no artifact; "
+            f"output: {destination} exists and {problem}; "
             "possible: a new path, an empty directory or an older artifact"
         )
     new = make_beside(destination)
@@ -79,8 +80,13 @@ def make_beside(destination: Path) -> Path:
         ) from error
 
 
-def is_replaceable(path: Path) -> bool:
-    return path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
+def why_kept(path: Path) -> str | None:
+    """Why `path` must not be replaced; None for an empty directory and for a bare artifact."""
+    found = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if not path.is_dir() or (found and MANIFEST not in found):
+        return "is no artifact"
+    others = sorted(found - FILES)
+    return f"holds {', '.join(others[:3])} besides an artifact" if others else None
 
 
 def parameters_of(mod: tvm.IRModule) -> list[Parameter]:

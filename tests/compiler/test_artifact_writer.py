@@ -83,6 +83,15 @@ def test_what_is_no_artifact_is_not_replaced(tmp_path, kind):
     assert path.exists() and left_beside(path) == []
 
 
+def test_somebody_elses_file_beside_an_artifact_is_kept(tmp_path):
+    path = tmp_path / "artifact"
+    write_artifact(path, "old")
+    (path / "notes.txt").touch()
+    with pytest.raises(BuildError, match=r"holds notes\.txt besides an artifact; possible: a new"):
+        write_artifact(path, "new")
+    assert (path / "notes.txt").exists() and (path / "model.so").read_text() == "old"
+
+
 def test_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BuildError, match=r"asked for .*file/x, cannot write in .*file \("):
