@@ -38,6 +38,9 @@ def build(config: BuildConfig, progress: BuildProgress | None = None) -> Path:
     source = checkpoint.find(config.model)
     weights = checkpoint.IntegerWeights(source)
 
+    if config.debug_dump:
+        make_dump_directory(config.debug_dump)
+
     from compiler.artifact_writer import replacing
     from compiler.assemble import artifact_name, assemble
 
@@ -46,6 +49,17 @@ def build(config: BuildConfig, progress: BuildProgress | None = None) -> Path:
     with replacing(destination) as directory:
         assemble(directory, weights, target, linker, config.debug_dump, progress or BuildProgress())
     return destination
+
+
+def make_dump_directory(path: Path) -> None:
+    """Before the first pass: TVM turns an OSError within one into a trace of its own."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(
+            f"debug-dump: asked for {path}, cannot make it ({error.strerror}); "
+            "possible: a directory that can be written"
+        ) from error
 
 
 def find_linker() -> str:
@@ -91,22 +105,44 @@ def parse(argv: list[str] | None) -> BuildConfig:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
+    interrupted = watch_interrupts()
     started = time.monotonic()
     try:
         with on_stderr() as progress:
             directory = build(config, progress)
-    except OSError as error:
-        return refuse(f"{error.filename or config.output or 'output'}: {error.strerror or error}")
-    except ValueError as error:  # BuildError, CheckpointError, ConfigError
-        return refuse(str(error))
-    except ImportError as error:
-        return refuse(f"{error}; possible: pip install 'bitnet-compiler[export]'")
-    except KeyboardInterrupt:
-        print("compiler.build: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except BaseException as error:
+        if interrupted:  # whatever TVM made of the KeyboardInterrupt within a pass
+            print("compiler.build: interrupted; nothing was written", file=sys.stderr)
+            return 130
+        if problem := explain(error, config):
+            return refuse(problem)
+        raise
     report(directory, time.monotonic() - started)
     return 0
+
+
+def watch_interrupts() -> list[int]:
+    """The signals met from here on: Ctrl-C, and SIGTERM, which then cleans up like Ctrl-C."""
+    met: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        met.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    return met
+
+
+def explain(error: BaseException, config: BuildConfig) -> str | None:
+    """One line for what the user can mend; None for a defect of ours."""
+    if isinstance(error, OSError):
+        return f"{error.filename or config.output or 'output'}: {error.strerror or error}"
+    if isinstance(error, ValueError):  # BuildError, CheckpointError, ConfigError
+        return str(error)
+    if isinstance(error, ImportError):
+        return f"{error}; possible: pip install 'bitnet-compiler[export]'"
+    return None
 
 
 def refuse(problem: str) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,32 @@ def test_no_linker(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     options = ["--model", str(checkpoint), "--target", "generic"]
     assert_refused(capsys, tmp_path / "out", options, "found none of gcc, cc, clang on the PATH")
+
+
+def test_dump_that_is_a_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    options = ["--model", str(checkpoint), "--debug-dump", str(tmp_path / "file")]
+    assert_refused(capsys, tmp_path / "out", options, "file, cannot make it (File exists)")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError], ids=["plain", "by TVM"])
+def test_interrupt(tmp_path, capsys, monkeypatch, raised):
+    """TVM makes a RuntimeError of a KeyboardInterrupt within a pass."""
+
+    def interrupted(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise raised from error
+
+    monkeypatch.setattr(build, "build", interrupted)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert build.main(["-o", str(tmp_path / "out")]) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "compiler.build: interrupted; nothing was written\n"
 
 
 def assert_refused(capsys, output: Path, options: list[str], message: str) -> None:
