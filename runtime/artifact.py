@@ -39,6 +39,12 @@ class Artifact:
         self.default_kv_bits: int = manifest["default_kv_bits"]
         self.context_length: int = manifest["context_length"]
         self.params = {t["name"]: _tensor(path, t, memory) for t in manifest["tensors"]}
+        angles = self.params.get("rope.cos")  # kernels read its row of every position, unchecked
+        if angles is not None and self.context_length > len(angles):
+            raise ArtifactError(
+                f"artifact {path}: context_length is {self.context_length}, its rope.cos has "
+                f"{len(angles)} positions; possible: build it again"
+            )
 
     @classmethod
     def open(cls, directory: Path | str, *, verify: bool = True) -> "Artifact":

@@ -179,8 +179,15 @@ class Engine:
 
     def _call(self, function: Any, *arrays: np.ndarray) -> np.ndarray:
         tvm_runtime.use_threads(self.threads)
-        arguments = (tvm_runtime.copy(array) for array in arrays)
-        return tvm_runtime.view(function(*arguments, self.cache.tensors, self._parameters))
+        arguments = [tvm_runtime.copy(array) for array in arrays]
+        try:
+            return tvm_runtime.view(function(*arguments, self.cache.tensors, self._parameters))
+        except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
+            reason = " ".join(str(error).split())[-200:]
+            raise ArtifactError(
+                f"artifact {self.artifact.path}: its library refuses the parameters or caches "
+                f"that artifact.json and config.json describe: {reason}; possible: build it again"
+            ) from error
 
     def _check_sequence(self, token_ids: Sequence[int], start: int) -> None:
         if len(token_ids) == 0:
