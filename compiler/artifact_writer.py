@@ -44,6 +44,7 @@ class Parameter:
 @contextmanager
 def replacing(destination: Path) -> Iterator[Path]:
     """A new directory that becomes `destination` when the block ends without an exception."""
+    destination = destination.resolve()  # a link stays; what it points at is replaced
     if destination.exists() and (problem := why_kept(destination)):
         raise BuildError(
             f"output: {destination} exists and {problem}; "
@@ -54,12 +55,12 @@ def replacing(destination: Path) -> Iterator[Path]:
     try:
         yield new
         new.chmod(0o755)  # mkdtemp's is private
-        if destination.exists():
-            destination.rename(old)
         try:
+            if destination.exists():
+                destination.rename(old)
             new.rename(destination)
         except BaseException:
-            if old.exists():
+            if old.exists() and not destination.exists():
                 old.rename(destination)
             raise
     finally:
@@ -82,6 +83,8 @@ def make_beside(destination: Path) -> Path:
 
 def why_kept(path: Path) -> str | None:
     """Why `path` must not be replaced; None for an empty directory and for a bare artifact."""
+    if path == Path.cwd():
+        return "is the working directory"
     found = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if not path.is_dir() or (found and MANIFEST not in found):
         return "is no artifact"

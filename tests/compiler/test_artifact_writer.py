@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,22 @@ def test_somebody_elses_file_beside_an_artifact_is_kept(tmp_path):
     with pytest.raises(BuildError, match=r"holds notes\.txt besides an artifact; possible: a new"):
         write_artifact(path, "new")
     assert (path / "notes.txt").exists() and (path / "model.so").read_text() == "old"
+
+
+def test_a_link_stays_and_what_it_points_at_is_replaced(tmp_path):
+    path, link = tmp_path / "artifact", tmp_path / "link"
+    write_artifact(path, "old")
+    link.symlink_to("artifact")
+    write_artifact(link, "new")
+    assert link.is_symlink() and (path / "model.so").read_text() == "new"
+    assert left_beside(path) == ["link"]
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BuildError, match="is the working directory; possible: a new path"):
+        write_artifact(Path("."), "new")
+    assert not any(tmp_path.iterdir())
 
 
 def test_parent_that_is_a_file(tmp_path):
