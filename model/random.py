@@ -30,6 +30,7 @@ DOWN_ZEROS = 0.84  # share of zeros at the down_proj input, a4.8's 7B
 SHARED = 0.5  # share of the embedding's energy along u
 SIMULATED_ROWS = 64
 BISECTIONS = 24
+NAME_PREFIX = "random-"  # of a configuration written here
 
 
 def random_packed(n: int, k: int, generator: torch.Generator) -> Tensor:
@@ -158,12 +159,37 @@ def _norms(config: ModelConfig, shape: Shape | None, generator) -> dict[str, Ten
 
 
 def write(config: ModelConfig, directory: Path, seed: int = 0) -> Shape | None:
-    """Write config.json and model.safetensors; returns the simulated layer of an a4.8 model."""
+    """Write config.json and model.safetensors; returns the simulated layer of an a4.8 model.
+
+    Only an empty directory or an earlier random checkpoint is written over: FileExistsError.
+    """
+    refuse_foreign(directory)
     tensors, shape = random_tensors(config, seed)
     directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{packing.WEIGHTS_NAME}.partial"
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)
+        partial.replace(directory / packing.WEIGHTS_NAME)
+    finally:
+        partial.unlink(missing_ok=True)
     config.save(directory, "offline" if config.is_ternary else None)
-    save_file(tensors, directory / packing.WEIGHTS_NAME, metadata={"format": "pt"})
     return shape
+
+
+def refuse_foreign(directory: Path) -> None:
+    """A trained checkpoint is not to be lost to a mistyped -o."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    try:
+        name = ModelConfig.load(directory).name
+    except ConfigError:
+        name = ""
+    if not name.startswith(NAME_PREFIX):
+        raise FileExistsError(
+            f"{directory} holds other files; possible: a new directory, or one with an earlier "
+            "random checkpoint"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     config = MODELS[args.config]
     try:
         config = config.with_variant(args.variant or config.variant)
-        config = config.replace(name=f"random-{config.name}-{config.variant}")
+        config = config.replace(name=f"{NAME_PREFIX}{config.name}-{config.variant}")
         shape = write(config, args.output, args.seed)
     except (ConfigError, OSError) as error:
         print(f"model.random: {error}", file=sys.stderr)

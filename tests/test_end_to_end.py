@@ -45,14 +45,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def test_compiled_model_equals_reference_on_2000_tokens(artifact, windows, kv_bits):
     engine = Engine.load(artifact, kv_bits=kv_bits)
     model = checkpoint.load_integer_model(checkpoint.find("novels-42m"))
-    divergence, agreement, loss = [], [], []
+    divergence, agreement, loss, equal = [], [], [], []
     for window in windows:
-        found = log_softmax(engine.score(window))
+        scores = engine.score(window)
+        found = log_softmax(scores)
         rows = torch.arange(WINDOW)
         logits, _ = Prefill(model, kv_bits)(
             torch.tensor(window), torch.zeros_like(rows), rows, rows,
             model.empty_caches(kv_bits, 1, WINDOW),
         )  # fmt: skip
+        equal.append((scores == logits.numpy()).all(-1))
         expected = log_softmax(logits.numpy())
         divergence.append((np.exp(expected) * (expected - found)).sum(-1))
         agreement.append(expected.argmax(-1) == found.argmax(-1))
@@ -62,8 +64,8 @@ def test_compiled_model_equals_reference_on_2000_tokens(artifact, windows, kv_bi
     assert np.mean(divergence) <= 1e-3, figures
     assert np.mean(agreement) >= 0.99, figures
     assert np.mean(loss) < 3.9  # 3.46 over the whole validation set
-    # Seen: 0.0 and 1.0. The definitions leave no float order open but sums of float64.
-    assert np.mean(divergence) < 1e-6, figures
+    # Seen: every row. Sums of float64 in another order may round to another float32 once in 1e8.
+    assert np.mean(equal) >= 0.99, figures
 
 
 def test_prefill_then_decode_equals_token_by_token(artifact, windows):

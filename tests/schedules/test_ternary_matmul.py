@@ -60,7 +60,7 @@ def test_extremes(target, act_bits, kind, n, k):
 def test_glu(target, act_bits, n, k):
     run = ternary_matmul(target, n, k, act_bits, "glu")
     w, rng = weights("random", n, k), np.random.default_rng(0)
-    for m in (0, 1, 2, 5, 33):
+    for m in (0, 1, 2, 5, 33, 128):
         q, (scale, w_scale) = activations("random", m, k, act_bits, seed=m), scales(m, n)
         gate = rng.standard_normal((m, n)).astype(np.float32)
         gate[:, 64:128] = -np.abs(gate[:, 64:128])  # blocks that need no weights
@@ -71,19 +71,23 @@ def test_glu(target, act_bits, n, k):
         np.testing.assert_array_equal(run((q, scale), w, w_scale, gate), expected)
 
 
-@settings(max_examples=4, deadline=None)
+BATCH = st.tuples(st.integers(1, 40), st.integers(0, 999))  # m, seed
+
+
+@settings(max_examples=6, deadline=None)
 @given(
     n=st.integers(1, 200),
     k=st.integers(1, 300),
-    m=st.integers(1, 9),
     act_bits=st.sampled_from((4, 8)),
-    seed=st.integers(0, 99),
+    batches=st.lists(BATCH, min_size=6, max_size=6),
 )
-def test_any_shape(target, n, k, m, act_bits, seed):
+def test_any_shape(target, n, k, act_bits, batches):
+    """A shape costs a compilation, a batch nothing: six batches a shape."""
     run = ternary_matmul(target, n, k, act_bits, "scale")
-    q, w = activations("random", m, k, act_bits, seed), weights("random", n, k, seed)
-    scale, w_scale = ones(m, n)
-    np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
+    for m, seed in batches:
+        q, w = activations("random", m, k, act_bits, seed), weights("random", n, k, seed)
+        scale, w_scale = ones(m, n)
+        np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
 
 
 @ACT_BITS
