@@ -5,6 +5,8 @@ Every op is defined to the last bit but for the order of float64 sums (tests/sch
 figures found are 0 and 1.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from compiler.config import BuildConfig
 from model import checkpoint, ops
 from model.integer import Decode, Prefill
 from runtime import Engine
+from runtime.errors import ArtifactError
 
 TEXT = Path(__file__).parent / "data" / "valid_excerpt.txt"
 WINDOW = 1000  # two of them; the model's context is 1024
@@ -124,3 +127,21 @@ def test_sparsity_probe_counts_the_zeros_of_the_reference(artifact, monkeypatch)
     found = Engine.load(artifact).sparsity([300], [0], [0])
     assert found.shape == (12, 2)
     np.testing.assert_allclose(found.reshape(-1), shares, atol=1e-6)  # float32 of count / K
+
+
+@pytest.mark.parametrize(
+    "edit, expected",
+    [
+        (lambda manifest: manifest | {"context_length": 4096}, "rope.cos has 1024 positions"),
+        (lambda manifest: manifest | {"tensors": manifest["tensors"][::-1]}, "build it again"),
+    ],
+    ids=["context", "order"],
+)
+def test_artifact_that_disagrees_with_itself_is_refused(artifact, tmp_path, edit, expected):
+    """The compiled step checks its arguments; what it would read unchecked, the artifact does."""
+    directory = shutil.copytree(artifact, tmp_path / "edited")
+    path = directory / "artifact.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    with pytest.raises(ArtifactError, match=expected) as refused:
+        Engine.load(directory).decode([1], [0], [0])
+    assert "\n" not in str(refused.value)
