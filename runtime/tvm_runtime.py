@@ -22,6 +22,7 @@ from runtime import host
 from runtime.errors import ArtifactError, RuntimeRefusal
 
 ALIGNMENT = 64  # bytes: what TVM's kernels assume of every tensor
+THREADS = "TVM_NUM_THREADS"
 ALL_BIG_CORES = 1  # `runtime.config_threadpool`'s affinity mode
 _configured = threading.local()
 _environment_lock = threading.Lock()
@@ -69,18 +70,22 @@ def _without_torch() -> Iterator[None]:
 def use_threads(count: int) -> None:
     """Let kernels called from this thread use `count` threads, this one included.
 
+    TVM reads TVM_NUM_THREADS at every launch: unset, it counts the CPUs anew (some 10 us) and takes
+    half of them, whatever the pool was configured for. So it stays set, for the whole process.
     TVM keeps a pool for each calling thread, so this is checked before every call and costs
     nothing when it holds. A pool never grows: it is made for every usable CPU, then narrowed.
     TVM pins threads to CPUs unless told otherwise, the caller among them, which starves whoever
     else runs here: off, unless TVM_BIND_THREADS is set by the user.
     """
-    if getattr(_configured, "count", None) == count:
+    asked = str(count)
+    if getattr(_configured, "count", None) == count and os.environ.get(THREADS) == asked:
         return
     tvm = load()
     bind = os.environ.get("TVM_BIND_THREADS", "0")
     most = str(max(count, host.usable_cpus()))
     with _environment(TVM_NUM_THREADS=most, TVM_BIND_THREADS=bind):
         tvm.get_global_func("runtime.config_threadpool")(ALL_BIG_CORES, count)
+    os.environ[THREADS] = asked
     found = tvm.runtime.num_threads()
     if found != count:
         raise RuntimeRefusal(
