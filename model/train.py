@@ -1,6 +1,7 @@
 """Train a model: python -m model.train --data DIR --run RUN --model novels-42m --tokens 300e6
 
-The same command resumes from RUN/checkpoint.pt, exactly: batches depend on (seed, step) alone.
+The same command resumes from RUN/checkpoint.safetensors, exactly: batches depend on (seed, step)
+alone.
 The smallest run, on a laptop's CPU:
     python -m model.train --data DIR --run runs/tiny --model tiny --tokens 2e4 --batch 8 --seq 64
 
@@ -10,8 +11,8 @@ up, falls linearly to the mean of lr and lr2 at half-way, drops to lr2 and falls
 the paper gives the two levels]. a4.8: the last --hybrid share of the steps uses the INT4/TopK
 activations and keeps the optimizer's state.
 
-Written: RUN/{checkpoint.pt,curve.csv,curve.png,tokenizer.json}; on finishing RUN/final (latent
-weights) and RUN/packed (two-bit weights, metrics.json, sample.txt, curve and tokenizer).
+Written: RUN/{checkpoint.safetensors,curve.csv,curve.png,tokenizer.json}; on finishing RUN/final
+(latent weights) and RUN/packed (two-bit weights, metrics.json, sample.txt, curve and tokenizer).
 """
 
 import argparse

@@ -5,13 +5,17 @@ so a run cut into pieces gives the weights of one that was not.
 """
 
 import dataclasses
+import json
 import math
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from model import evaluate, progress
@@ -19,7 +23,7 @@ from model.bitnet import BitNetModel
 from model.config import ModelConfig
 from model.data import load_windows
 
-CHECKPOINT_NAME = "checkpoint.pt"
+CHECKPOINT_NAME = "checkpoint.safetensors"
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 
@@ -187,24 +191,31 @@ class Trainer:
     def save(self) -> None:
         path = self.options.run / CHECKPOINT_NAME
         partial = path.with_suffix(".partial")
-        state = {
+        facts = {
             "recipe": dataclasses.asdict(self.recipe),
             "config": dataclasses.asdict(self.config),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve,
         }
-        torch.save(state, partial)
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{name}": value for name, value in moments.items()}
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
         partial.replace(path)
 
     def resume(self) -> None:
-        """Take up RUN/checkpoint.pt if there is one, refusing another run's."""
+        """Take up RUN/checkpoint.safetensors if there is one, refusing another run's."""
         path = self.options.run / CHECKPOINT_NAME
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.options.device, weights_only=True)
+        try:
+            with safe_open(path, "pt", device=str(self.options.device)) as file:
+                state = json.loads(file.metadata()["facts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise TrainError(f"train: {path} is no checkpoint ({error}); remove it") from error
         for part, asked in (("config", self.config), ("recipe", self.recipe)):
             for key, value in dataclasses.asdict(asked).items():
                 if state[part].get(key) != value:
@@ -212,8 +223,17 @@ class Trainer:
                         f"train: asked for {key} {value}, {path} has {state[part].get(key)}; "
                         "give the options it was started with, or another --run"
                     )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        weights: dict[str, torch.Tensor] = {}
+        moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        for name, value in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "model":
+                weights[rest] = value
+            else:
+                index, _, moment = rest.partition("/")
+                moments[int(index)][moment] = value
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": dict(moments)})
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
         print(f"train: resumed {path} at step {self.step}", flush=True)
 
