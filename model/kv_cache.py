@@ -12,7 +12,6 @@ from torch.library import custom_op
 
 from model import quantizers
 
-KV_BITS = (16, 4, 3)
 BLOCK_POSITIONS = 64  # that share the unit of their probabilities
 SMALLEST_UNIT = 1e-300
 

@@ -37,7 +37,7 @@ from schedules.targets import TargetSpec
 
 KEYS = 64  # of a block
 QUERIES = 32  # that one unpacked block serves
-FACTOR, SUM = 0, 1  # dtypes: of what is multiplied, of what is summed
+# (what is multiplied, what is summed)
 DTYPES = {16: ("float64", "float64"), 4: ("int16", "int32"), 3: ("int16", "int32")}
 
 
