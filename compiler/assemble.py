@@ -63,7 +63,7 @@ def describe(model: ModelConfig, target: TargetSpec, kv_bits: list[int]) -> dict
     return {
         "model": artifact_name(model),
         "target": target.name,
-        "cpu_flags": list(target.cpu_flags),
+        **target.needs(),
         "kv_bits": kv_bits,
         "default_kv_bits": model.kv_bits if model.kv_bits in kv_bits else 16,
         "context_length": model.max_position_embeddings,

@@ -10,7 +10,6 @@ for the reason in the one line on stderr; nothing is left half-written.
 
 import argparse
 import json
-import shutil
 import signal
 import sys
 import time
@@ -18,8 +17,6 @@ from pathlib import Path
 
 from compiler.config import DEFAULT_MODEL, BuildConfig, BuildError
 from compiler.progress import BuildProgress, on_stderr
-
-LINKERS = ("gcc", "cc", "clang")
 
 
 def build(config: BuildConfig, progress: BuildProgress | None = None) -> Path:
@@ -31,9 +28,11 @@ def build(config: BuildConfig, progress: BuildProgress | None = None) -> Path:
         target = targets.find(config.target)
     except ValueError as error:
         raise BuildError(str(error)) from error
-    linker = find_linker()
 
+    from compiler.toolchain import find_linker
     from model import checkpoint
+
+    linker = find_linker(target)
 
     source = checkpoint.find(config.model)
     weights = checkpoint.IntegerWeights(source)
@@ -60,17 +59,6 @@ def make_dump_directory(path: Path) -> None:
             f"debug-dump: asked for {path}, cannot make it ({error.strerror}); "
             "possible: a directory that can be written"
         ) from error
-
-
-def find_linker() -> str:
-    """The C compiler that links the library."""
-    for name in LINKERS:
-        if path := shutil.which(name):
-            return path
-    raise BuildError(
-        f"linker: asked for a C compiler, found none of {', '.join(LINKERS)} on the PATH; "
-        "possible: apt-get install gcc"
-    )
 
 
 def parse(argv: list[str] | None) -> BuildConfig:

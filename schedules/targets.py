@@ -1,9 +1,10 @@
 """Targets: one row per machine the compiler builds for.
 
-Kernels read facts (`vector_bits`, `l2_bytes`); no file outside this one looks at a target's
-name, kind or mcpu. Adding a machine is adding a row.
+Kernels read facts (`vector_bits`, `l2_bytes`, `num_multiprocessors`); no file outside this one
+looks at a target's name, kind or mcpu. Adding a machine is adding a row.
 """
 
+import platform
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -15,10 +16,22 @@ class TargetSpec:
     name: str  # the --target spelling
     families: tuple[str, ...]  # kernel families that run here, the best first
     tvm: dict = field(hash=False)  # passed to tvm.target.Target unchanged
+
+    def to_tvm(self) -> Target:
+        return Target(self.tvm)
+
+    def needs(self) -> dict[str, object]:
+        """What a host must have to run the build, as artifact.json says it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CpuTarget(TargetSpec):
     vector_bits: int
     num_vector_registers: int
     l1d_bytes: int  # of one core
     l2_bytes: int  # of one core
+    machine: str = ""  # `uname -m` of a host that runs the build; "" is that of the build's host
     cpu_flags: tuple[str, ...] = ()  # /proc/cpuinfo flags that a host needs to run the build
 
     def __post_init__(self):
@@ -29,15 +42,33 @@ class TargetSpec:
         """Elements of `bits` width in one vector register."""
         return self.vector_bits // bits
 
-    def to_tvm(self) -> Target:
-        return Target(self.tvm)
+    def needs(self) -> dict[str, object]:
+        machine = self.machine or platform.machine()
+        return {"device": "cpu", "machine": machine, "cpu_flags": list(self.cpu_flags)}
+
+    def runs_here(self) -> bool:
+        """Whether this host can run the build."""
+        return self.machine in ("", platform.machine()) and set(self.cpu_flags) <= host_flags()
 
 
-TARGETS = {
+@dataclass(frozen=True)
+class GpuTarget(TargetSpec):
+    archs: tuple[str, ...]  # nvcc's names; several make a fat build
+    num_multiprocessors: int  # what grids are balanced for
+    shared_bytes: int  # of one block, opted in
+    l2_bytes: int
+    warp_lanes: int = 32
+
+    def needs(self) -> dict[str, object]:
+        machine = platform.machine()  # of the host code beside the kernels
+        return {"device": "cuda", "machine": machine, "cpu_flags": [], "archs": list(self.archs)}
+
+
+TARGETS: dict[str, TargetSpec] = {
     spec.name: spec
     for spec in (
         # Whatever LLVM takes for the baseline of the host's architecture; on x86-64, SSE2.
-        TargetSpec(
+        CpuTarget(
             name="generic",
             families=("generic",),
             tvm={"kind": "llvm"},
@@ -48,7 +79,7 @@ TARGETS = {
         ),
         # Levels and their flags: https://gitlab.com/x86-psABIs/x86-64-ABI (cpuinfo says abm
         # for lzcnt). Caches: the smallest of Haswell (32 KiB, 256 KiB) and Zen (32, 512).
-        TargetSpec(
+        CpuTarget(
             name="x86-avx2",
             families=("avx2", "generic"),
             tvm={"kind": "llvm", "mcpu": "x86-64-v3"},
@@ -56,16 +87,20 @@ TARGETS = {
             num_vector_registers=16,
             l1d_bytes=32 * 1024,
             l2_bytes=256 * 1024,
+            machine="x86_64",
             cpu_flags=("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"),
         ),
     )
 }
 
 
-def detect_native(cpuinfo_flags: Collection[str]) -> TargetSpec:
-    """The row with the widest vectors among those whose flags the host has."""
-    possible = [s for s in TARGETS.values() if set(s.cpu_flags) <= set(cpuinfo_flags)]
-    return max(possible, key=lambda spec: (spec.vector_bits, len(spec.cpu_flags)))
+def detect_native(machine: str, cpu_flags: Collection[str]) -> CpuTarget:
+    """The CPU's row with the widest vectors among those that such a host can run."""
+    rows = [spec for spec in TARGETS.values() if isinstance(spec, CpuTarget)]
+    possible = [
+        row for row in rows if row.machine in ("", machine) and set(row.cpu_flags) <= set(cpu_flags)
+    ]
+    return max(possible, key=lambda row: (row.vector_bits, len(row.cpu_flags)))
 
 
 def host_flags() -> frozenset[str]:
@@ -84,7 +119,7 @@ def host_flags() -> frozenset[str]:
 def find(name: str) -> TargetSpec:
     """The row called `name`; 'native' is the best one that this host can run."""
     if name == "native":
-        return detect_native(host_flags())
+        return detect_native(platform.machine(), host_flags())
     if name not in TARGETS:
         possible = ", ".join([*TARGETS, "native"])
         raise ValueError(f"target: asked for {name!r}; possible: {possible}")

@@ -16,14 +16,16 @@ from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
 
 from compiler.kernels import in_force
+from schedules.targets import CpuTarget
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleStockOps")
 def schedule_stock_ops(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-    lanes, scheduled = in_force().target.lanes(32), mod.clone()
+    target, scheduled = in_force().target, mod.clone()
+    assert isinstance(target, CpuTarget)
     for name, func in mod.functions_items():
         if isinstance(func, PrimFunc) and not func.attrs.get("tirx.is_scheduled", False):
-            scheduled[name] = vectorize(func, lanes).with_attr("tirx.is_scheduled", True)
+            scheduled[name] = vectorize(func, target.lanes(32)).with_attr("tirx.is_scheduled", True)
     return scheduled
 
 

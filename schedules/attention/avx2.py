@@ -47,7 +47,7 @@ from schedules.attention.unpack import unpacker
 from schedules.attention.unpack_avx2 import planes_unpacker
 from schedules.intrin import avx2, threads
 from schedules.intrin.exp import exp
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 THREAD_TASKS = 4  # tasks a thread that leave no thread idle for long
 SCORES = 8  # that a softmax step takes at once: two registers share the constants of exp
@@ -56,7 +56,7 @@ PEAK, TOTAL = 0, 1  # of a share, in the workspace
 
 
 def kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: TargetSpec
+    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: CpuTarget
 ) -> PrimFunc:
     if kv_bits == 16:
         return generic.kernel(num_heads, num_kv_heads, head_dim, kv_bits, target)
@@ -117,7 +117,7 @@ def num_chunks(tiles, num_kv_heads: int):
     return T.Select(is_split, workers, T.int64(1))
 
 
-def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: TargetSpec):
+def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: CpuTarget):
     """attend_tile(..., head, first, last, chunk, chunks): a share of the positions of rows
     first..last, run by run of one slot."""
     padded = math.ceil(head_dim / LANES) * LANES  # columns of scratch; q past D is zero
@@ -210,7 +210,7 @@ def _merge(num_heads: int, head_dim: int, padded: int):
     return merge
 
 
-def _block(group: int, head_dim: int, kv_bits: int, target: TargetSpec):
+def _block(group: int, head_dim: int, kv_bits: int, target: CpuTarget):
     """attend_block(..., start, count): keys start : start + count of the run's slot."""
     if kv_bits == 3:
         unpack_row = planes_unpacker(head_dim, target)

@@ -33,7 +33,7 @@ from schedules.attention.softmax import State, softmax_step
 from schedules.attention.unpack import unpacker
 from schedules.intrin.vector import each, fill, fold, store
 from schedules.rms_norm.generic import SMALLEST_STAT, int8_code, int8_factor, int8_scale
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 KEYS = 64  # of a block
 QUERIES = 32  # that one unpacked block serves
@@ -42,7 +42,7 @@ DTYPES = {16: ("float64", "float64"), 4: ("int16", "int32"), 3: ("int16", "int32
 
 
 def kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: TargetSpec
+    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: CpuTarget
 ) -> PrimFunc:
     group = num_heads // num_kv_heads
     tile_rows = max(1, QUERIES // group)
@@ -80,7 +80,7 @@ def kernel(
     return attention
 
 
-def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: TargetSpec):
+def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: CpuTarget):
     """attend_tile(..., head, first, last): rows first..last, run by run of one slot."""
     factor_dtype, sum_dtype = DTYPES[kv_bits]
     lanes = product_lanes(kv_bits, target)
@@ -131,12 +131,12 @@ def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: Targe
     return attend_tile
 
 
-def product_lanes(kv_bits: int, target: TargetSpec) -> int:
+def product_lanes(kv_bits: int, target: CpuTarget) -> int:
     """Lanes of the sums of the two products."""
     return target.lanes(64 if kv_bits == 16 else 32)
 
 
-def query_ends(head_dim: int, padded: int, kv_bits: int, target: TargetSpec):
+def query_ends(head_dim: int, padded: int, kv_bits: int, target: CpuTarget):
     """Query i of the tile into scratch, INT8 for a quantised cache; and its result out of it."""
     lanes = target.lanes(32)
     root = T.float64(head_dim**-0.5)
@@ -177,7 +177,7 @@ def query_ends(head_dim: int, padded: int, kv_bits: int, target: TargetSpec):
     return begin_query, finish_query
 
 
-def _block(group: int, head_dim: int, kv_bits: int, target: TargetSpec):
+def _block(group: int, head_dim: int, kv_bits: int, target: CpuTarget):
     """attend_block(..., start, count): keys start : start + count of the run's slot."""
     lanes = product_lanes(kv_bits, target)
     unpack_row = unpacker(kv_bits, head_dim, target)

@@ -8,17 +8,17 @@ code - qmax + BIAS. The layout is in docs/architecture.md, "KV cache".
 from tvm.script import tirx as T
 
 from schedules.intrin.vector import each, store
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 BIAS = 7  # of unsigned levels: the largest qmax, as a 3-bit cache has a 4-bit row
 
 
-def unpacker(kv_bits: int, head_dim: int, target: TargetSpec):
+def unpacker(kv_bits: int, head_dim: int, target: CpuTarget):
     assert kv_bits == 16 or head_dim % 8 == 0, f"head_dim {head_dim} is no multiple of 8"
     return {16: _halves, 4: _nibbles, 3: _planes}[kv_bits](head_dim, target)
 
 
-def _halves(head_dim: int, target: TargetSpec):
+def _halves(head_dim: int, target: CpuTarget):
     def row(codes, slot, head, kv, position, block, j):
         def widen(i, lane):
             half = codes[slot, head, kv, position * head_dim + i]
@@ -29,7 +29,7 @@ def _halves(head_dim: int, target: TargetSpec):
     return row
 
 
-def _nibbles(head_dim: int, target: TargetSpec):
+def _nibbles(head_dim: int, target: CpuTarget):
     half = head_dim // 2
 
     def row(codes, slot, head, kv, position, block, j):
@@ -43,7 +43,7 @@ def _nibbles(head_dim: int, target: TargetSpec):
     return row
 
 
-def _planes(head_dim: int, target: TargetSpec):
+def _planes(head_dim: int, target: CpuTarget):
     plane = head_dim // 8
 
     def planes_row(codes, slot, head, kv, base, block, j):
@@ -60,7 +60,7 @@ def _planes(head_dim: int, target: TargetSpec):
     return bos_first(head_dim, planes_row, target)
 
 
-def bos_first(head_dim: int, planes_row, target: TargetSpec):
+def bos_first(head_dim: int, planes_row, target: CpuTarget):
     """3 bits, planes_row(..., base, ...), but for the bos row, which is one of nibbles."""
     bos_row = _nibbles(head_dim, target)
 

@@ -11,13 +11,13 @@ from tvm.script import tirx as T
 
 from schedules.attention.unpack import BIAS, bos_first, unpacker
 from schedules.intrin import avx2
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 QMAX = 3
 LANES = (16, 32)  # of low bytes
 
 
-def planes_unpacker(head_dim: int, target: TargetSpec):
+def planes_unpacker(head_dim: int, target: CpuTarget):
     if head_dim // 4 not in LANES:
         return unpacker(3, head_dim, target)
     lanes = head_dim // 4

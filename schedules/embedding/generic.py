@@ -14,10 +14,10 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.intrin.vector import each, store
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 
-def kernel(vocab: int, k: int, target: TargetSpec) -> PrimFunc:
+def kernel(vocab: int, k: int, target: CpuTarget) -> PrimFunc:
     @T.inline
     def embed_row(tokens, table, table_scale, y, m):
         token: T.let = tokens[m]

@@ -19,7 +19,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 EXPONENT_BIAS = 2.0**112  # 2 ** (127 - 15): float32's bias over float16's
 
@@ -34,7 +34,7 @@ def widen(half: Expr) -> Expr:
     )
 
 
-def kernel(n: int, k: int, target: TargetSpec) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget) -> PrimFunc:
     lanes = 4 * target.lanes(32)
     whole = k // lanes * lanes
     rows = Var("M", "int64")

@@ -23,7 +23,7 @@ from tvm.tirx import PrimFunc, Var
 
 from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import avx2, threads
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 LANES = 16  # int16 in a register
 STREAMS = 4  # rows of the table at once, one row of activations
@@ -69,7 +69,7 @@ def tile(output, w, wide, n, m0, r, height, k, streams, rows):
         output.store_one(m0 + r + t, n + s, total)
 
 
-def kernel(n: int, k: int, target: TargetSpec) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget) -> PrimFunc:
     end = EPILOGUES["scale"]
     tile_m = max(ROWS, target.l2_bytes // 2 // (2 * k) // ROWS * ROWS)
     rows = Var("M", "int64")

@@ -12,10 +12,10 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
 from schedules.epilogue import EPILOGUES
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 
-def kernel(n: int, k: int, target: TargetSpec) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget) -> PrimFunc:
     end = EPILOGUES["scale"]
     rows = Var("M", "int64")
 

@@ -19,7 +19,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.intrin.vector import each, fill, fold, rounded, store
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 LARGEST_SCALE = 65504.0  # of float16; the codes of a larger head saturate
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
@@ -27,7 +27,7 @@ BOS_BITS = 4  # of position 0 in a 3-bit cache
 
 
 def kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: TargetSpec
+    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: CpuTarget
 ) -> PrimFunc:
     write = STORES[kv_bits](head_dim, target)
     width = (num_heads + 2 * num_kv_heads) * head_dim
@@ -67,7 +67,7 @@ def kernel(
     return kv_append
 
 
-def _half_store(head_dim: int, target: TargetSpec):
+def _half_store(head_dim: int, target: CpuTarget):
     def write(codes, scales, qkv, slot, h, kv, position, m, start):
         def narrow(i, j):
             at = (slot, h, kv, position * head_dim + i)
@@ -78,7 +78,7 @@ def _half_store(head_dim: int, target: TargetSpec):
     return write
 
 
-def _packed_store(bits: int, head_dim: int, target: TargetSpec):
+def _packed_store(bits: int, head_dim: int, target: CpuTarget):
     """write() of one head's row whose bytes begin at `base`."""
     assert head_dim % 8 == 0, f"kv_append: head_dim {head_dim} is no multiple of 8"
     lanes = target.lanes(32)
@@ -113,7 +113,7 @@ def quantized(x, qmax: int):
     return T.cast(rounded(x, -qmax, qmax) + qmax, "uint8")
 
 
-def _4bit_store(head_dim: int, target: TargetSpec):
+def _4bit_store(head_dim: int, target: CpuTarget):
     write_4bit = _packed_store(4, head_dim, target)
 
     def write(codes, scales, qkv, slot, h, kv, position, m, start):
@@ -123,7 +123,7 @@ def _4bit_store(head_dim: int, target: TargetSpec):
     return write
 
 
-def _3bit_store(head_dim: int, target: TargetSpec):
+def _3bit_store(head_dim: int, target: CpuTarget):
     write_bos = _packed_store(BOS_BITS, head_dim, target)
     write_3bit = _packed_store(3, head_dim, target)
 

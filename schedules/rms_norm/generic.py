@@ -20,14 +20,14 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.intrin.vector import each, fill, fold, rounded, store
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 SMALLEST_STAT = 1e-5  # of a mean or a maximum, before it becomes a scale
 SQRT7 = 2.6457513110645907
 FP4_THRESHOLDS = ((0.5, 1), (2.5, 1), (5.0, 2), (10.0, 4)), ((1.5, 1), (3.5, 1), (7.0, 2))
 
 
-def kernel(quantizer: str | None, k: int, eps: float, target: TargetSpec) -> PrimFunc:
+def kernel(quantizer: str | None, k: int, eps: float, target: CpuTarget) -> PrimFunc:
     """quantizer None: (x, gain, h). 'int4', 'int8', 'fp4': (x, gain, q, scale)."""
     if quantizer is None:
         return _float_kernel(k, eps, target.lanes(8))

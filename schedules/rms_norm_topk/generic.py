@@ -32,12 +32,12 @@ from schedules.rms_norm.generic import (
     write_max,
     write_rstd,
 )
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 MAGNITUDE = 0x7FFFFFFF  # a float32 without its sign
 
 
-def kernel(k: int, keep: int, eps: float, target: TargetSpec) -> PrimFunc:
+def kernel(k: int, keep: int, eps: float, target: CpuTarget) -> PrimFunc:
     """(x, gain, q, scale, index, count) for rows of k columns of which the `keep` largest stay."""
     if not 1 <= keep <= k:
         raise ValueError(f"rms_norm_topk: keep {keep} asked, rows have {k} columns")

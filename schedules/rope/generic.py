@@ -17,11 +17,11 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.intrin.vector import each, store
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 
 def kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, max_positions: int, target: TargetSpec
+    num_heads: int, num_kv_heads: int, head_dim: int, max_positions: int, target: CpuTarget
 ) -> PrimFunc:
     assert head_dim % 2 == 0, f"rope: head_dim {head_dim} is odd"
     half, lanes = head_dim // 2, target.lanes(32)

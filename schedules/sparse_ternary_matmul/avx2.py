@@ -21,7 +21,7 @@ from tvm.tirx import PrimFunc, Var
 
 from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import threads
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 from schedules.ternary_matmul.columns_avx2 import (
     BLOCK,
     WIDE,
@@ -41,7 +41,7 @@ def layout() -> str:
     return "columns_2bit"
 
 
-def kernel(n: int, k: int, target: TargetSpec) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget) -> PrimFunc:
     end = EPILOGUES["residual"]
     blocks = -(-n // BLOCK)
     most = -(-k * MOST_ACTIVE[0] // MOST_ACTIVE[1])

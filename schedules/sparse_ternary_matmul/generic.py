@@ -17,14 +17,14 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
 from schedules.epilogue import EPILOGUES
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 
 def layout() -> str:
     return "columns_2bit"
 
 
-def kernel(n: int, k: int, target: TargetSpec) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget) -> PrimFunc:
     end = EPILOGUES["residual"]
     blocks = -(-n // 128)
     rows = Var("M", "int64")

@@ -6,7 +6,7 @@ products; with 8-bit activations entries would take two bytes, and multiplying i
 
 from tvm.tirx import PrimFunc
 
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 from schedules.ternary_matmul import columns_avx2, lookup_avx2
 
 
@@ -14,6 +14,6 @@ def layout(act_bits: int) -> str:
     return "pair_nibble" if act_bits == 4 else "columns_2bit"
 
 
-def kernel(n: int, k: int, act_bits: int, target: TargetSpec, epilogue: str) -> PrimFunc:
+def kernel(n: int, k: int, act_bits: int, target: CpuTarget, epilogue: str) -> PrimFunc:
     form = lookup_avx2 if act_bits == 4 else columns_avx2
     return form.kernel(n, k, target, epilogue)

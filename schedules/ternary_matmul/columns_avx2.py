@@ -34,7 +34,7 @@ from tvm.tirx import PrimFunc, Var
 
 from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import avx2, threads
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 BLOCK = 128  # outputs in a block of the layout
 FIELDS = 4
@@ -203,7 +203,7 @@ def tile_rows(output, q, w, rows, first, blocks, k, l2_bytes):
             tile_block(output, w, qs, totals, unpacked, sum32, m, first + b, here, height, k)
 
 
-def kernel(n: int, k: int, target: TargetSpec, epilogue: str) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget, epilogue: str) -> PrimFunc:
     end = EPILOGUES[epilogue]
     blocks = -(-n // BLOCK)
     rows = Var("M", "int64")

@@ -16,14 +16,14 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
 from schedules.epilogue import EPILOGUES
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 
 def layout(act_bits: int) -> str:
     return "rows_2bit"
 
 
-def kernel(n: int, k: int, act_bits: int, target: TargetSpec, epilogue: str) -> PrimFunc:
+def kernel(n: int, k: int, act_bits: int, target: CpuTarget, epilogue: str) -> PrimFunc:
     end = EPILOGUES[epilogue]
     quads = -(-k // 4)
     rows = Var("M", "int64")

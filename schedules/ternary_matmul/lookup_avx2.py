@@ -33,7 +33,7 @@ from tvm.tirx import PrimFunc, Var
 from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import avx2, threads
 from schedules.layouts import PAIR_GROUP, num_pairs
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget
 
 BLOCK = 64  # rows of weights in a block of the layout
 WIDE = 4  # rows of activations, or blocks of weights, that a tile takes at once
@@ -126,7 +126,7 @@ def tile(output, w, table, m0, b, r, blocks, rows):
         output.store(m0 + r + i % rows, b + i // rows, BLOCK, sums)
 
 
-def kernel(n: int, k: int, target: TargetSpec, epilogue: str) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget, epilogue: str) -> PrimFunc:
     end = EPILOGUES[epilogue]
     blocks, pairs = -(-n // BLOCK), num_pairs(k)
     tile_m = max(WIDE, target.l2_bytes // 2 // (16 * pairs) // WIDE * WIDE)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tvm
 
-from schedules.targets import TARGETS, TargetSpec, host_flags
+from schedules.targets import TARGETS, CpuTarget
 
 ROWS = (0, 1, 2, 5, 33, 128)  # none, decode, and prefills that no tile divides
 EVERY_TARGET = [
@@ -12,14 +12,15 @@ EVERY_TARGET = [
         spec,
         id=spec.name,
         marks=pytest.mark.skipif(
-            not set(spec.cpu_flags) <= host_flags(), reason=f"host lacks {spec.cpu_flags}"
+            not spec.runs_here(), reason=f"needs {spec.machine} with {spec.cpu_flags}"
         ),
     )
     for spec in TARGETS.values()
+    if isinstance(spec, CpuTarget)
 ]
 
 
-def compiled(func: tvm.tirx.PrimFunc, target: TargetSpec):
+def compiled(func: tvm.tirx.PrimFunc, target: CpuTarget):
     """call(*arrays) -> the arrays as the kernel left them, outputs and caches included."""
     mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
     entry = tvm.compile(mod, target=target.to_tvm())["kernel"]

@@ -1,0 +1,39 @@
+"""toolchain: the programs outside Python that a build runs, found before it starts."""
+
+import platform
+import shutil
+
+from compiler.config import BuildError
+from schedules.targets import CpuTarget, TargetSpec
+
+LINKERS = ("gcc", "cc", "clang")
+CROSS_LINKERS = {"aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")}  # program, package
+
+
+def find_linker(target: TargetSpec) -> str:
+    """The C compiler that links the library for the target's machine."""
+    machine = target.machine if isinstance(target, CpuTarget) else ""
+    if machine not in ("", platform.machine()):
+        return find_cross_linker(target.name, machine)
+    for name in LINKERS:
+        if path := shutil.which(name):
+            return path
+    raise BuildError(
+        f"linker: asked for a C compiler, found none of {', '.join(LINKERS)} on the PATH; "
+        "possible: apt-get install gcc"
+    )
+
+
+def find_cross_linker(target: str, machine: str) -> str:
+    if machine not in CROSS_LINKERS:
+        raise BuildError(
+            f"linker: {target} is for {machine}, this host is {platform.machine()}, and no cross "
+            f"compiler is known for it; possible: build on a {machine} host"
+        )
+    program, package = CROSS_LINKERS[machine]
+    if path := shutil.which(program):
+        return path
+    raise BuildError(
+        f"linker: {target} is for {machine}, this host is {platform.machine()}: asked for "
+        f"{program}, found none on the PATH; possible: apt-get install {package}"
+    )
