@@ -4,6 +4,7 @@ Kernels read facts (`vector_bits`, `l2_bytes`, `num_multiprocessors`); no file o
 looks at a target's name, kind or mcpu. Adding a machine is adding a row.
 """
 
+import ctypes
 import platform
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -64,6 +65,34 @@ class GpuTarget(TargetSpec):
         return {"device": "cuda", "machine": machine, "cpu_flags": [], "archs": list(self.archs)}
 
 
+def gpu(
+    name: str,
+    archs: tuple[str, ...],
+    num_multiprocessors: int,
+    shared_kib: int,
+    l2_mib: int,
+    families: tuple[str, ...] = ("cuda",),
+) -> GpuTarget:
+    """A row for CUDA. TVM is told the first arch: only nvcc, which gets all, uses it."""
+    tvm = {
+        "kind": "cuda",
+        "arch": archs[0],
+        "max_threads_per_block": 1024,
+        "max_shared_memory_per_block": shared_kib * 1024,
+        "thread_warp_size": 32,
+        "host": {"kind": "llvm"},
+    }
+    return GpuTarget(
+        name=name,
+        families=families,
+        tvm=tvm,
+        archs=archs,
+        num_multiprocessors=num_multiprocessors,
+        shared_bytes=shared_kib * 1024,
+        l2_bytes=l2_mib * 2**20,
+    )
+
+
 TARGETS: dict[str, TargetSpec] = {
     spec.name: spec
     for spec in (
@@ -90,6 +119,15 @@ TARGETS: dict[str, TargetSpec] = {
             machine="x86_64",
             cpu_flags=("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"),
         ),
+        # Multiprocessors and L2 of the arch's best-known chip; shared memory a block may opt in.
+        # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
+        gpu("cuda-sm80", ("sm_80",), 108, 163, 40),  # A100
+        gpu("cuda-sm86", ("sm_86",), 84, 99, 6),  # A40, RTX 3090
+        gpu("cuda-sm89", ("sm_89",), 142, 99, 96),  # L40, RTX 4090
+        gpu("cuda-sm90", ("sm_90a",), 132, 227, 50, families=("sm90", "cuda")),  # H100, H200
+        gpu("cuda-sm100", ("sm_100",), 148, 227, 126),  # B200
+        # What `cuda` means where no GPU is: one library for all of the above
+        gpu("cuda-fat", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"), 108, 99, 6),
     )
 }
 
@@ -116,11 +154,41 @@ def host_flags() -> frozenset[str]:
     return frozenset()
 
 
+def detect_gpu(capability: tuple[int, int] | None) -> TargetSpec:
+    """The row for a GPU of this compute capability; without one, the build for all archs."""
+    if capability is None:
+        return TARGETS["cuda-fat"]
+    name = f"cuda-sm{capability[0]}{capability[1]}"
+    if name not in TARGETS:
+        possible = ", ".join(row for row in TARGETS if row.startswith("cuda-sm"))
+        raise ValueError(
+            f"target: asked for cuda, found a GPU of compute capability "
+            f"{capability[0]}.{capability[1]}, for which there is no row; possible: {possible}"
+        )
+    return TARGETS[name]
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the first GPU, as its driver says; None where there is no driver or no GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    major, minor, device = ctypes.c_int(), ctypes.c_int(), 0
+    if driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device):
+        return None
+    if driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device):
+        return None
+    return major.value, minor.value
+
+
 def find(name: str) -> TargetSpec:
-    """The row called `name`; 'native' is the best one that this host can run."""
+    """The row called `name`; 'native' is the best one for this CPU, 'cuda' the one for this GPU."""
     if name == "native":
         return detect_native(platform.machine(), host_flags())
+    if name == "cuda":
+        return detect_gpu(compute_capability())
     if name not in TARGETS:
-        possible = ", ".join([*TARGETS, "native"])
+        possible = ", ".join([*TARGETS, "native", "cuda"])
         raise ValueError(f"target: asked for {name!r}; possible: {possible}")
     return TARGETS[name]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from schedules.targets import TARGETS, CpuTarget, detect_native, find
+from schedules.targets import TARGETS, CpuTarget, detect_gpu, detect_native, find
 
 AVX2_HOST = ["sse2", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"]
 
@@ -26,3 +26,15 @@ def test_row(spec):
     assert hash(spec)
     if isinstance(spec, CpuTarget):
         assert spec.lanes(8) == spec.vector_bits // 8
+
+
+@pytest.mark.parametrize(
+    "capability, name", [(None, "cuda-fat"), ((9, 0), "cuda-sm90"), ((8, 6), "cuda-sm86")]
+)
+def test_detect_gpu(capability, name):
+    assert detect_gpu(capability).name == name
+
+
+def test_detect_gpu_names_the_gpu_it_has_no_row_for():
+    with pytest.raises(ValueError, match=r"compute capability 5\.2.*possible: cuda-sm80"):
+        detect_gpu((5, 2))

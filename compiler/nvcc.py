@@ -1,0 +1,71 @@
+"""nvcc: device code for every arch of a GPU's row, one fat binary; needs no GPU.
+
+TVM's own callback passes --use_fast_math, which flushes denormals and approximates divisions and
+roots. The dialect defines both to the last bit, so ours does not. Products may be contracted into
+sums (--fmad): the definitions allow for it where it can happen.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import tvm_ffi
+from tvm.support import nvcc as tvm_nvcc
+
+from compiler.config import BuildError
+from schedules.targets import GpuTarget
+
+CALLBACK = "tvm_callback_cuda_compile"  # TVM calls it with the source of all kernels
+FLAGS = ("-O3", "--std=c++17", "--expt-relaxed-constexpr", "--threads=0")
+
+
+def find_nvcc(target: GpuTarget) -> str:
+    if path := shutil.which("nvcc"):
+        return path
+    raise BuildError(
+        f"nvcc: {target.name} needs it to compile for {', '.join(target.archs)}, found none on the "
+        "PATH; possible: install the CUDA toolkit, 13.0 or later, and put its bin on the PATH"
+    )
+
+
+def gencode(archs: Sequence[str]) -> list[str]:
+    """Machine code for each arch; PTX of the last one too, for GPUs to come.
+
+    Archs with a letter (sm_90a) have instructions of that one chip: their PTX runs nowhere else.
+    """
+    flags = []
+    for arch in archs:
+        flags += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
+    if archs[-1][-1].isdigit():
+        virtual = archs[-1].replace("sm", "compute")
+        flags += ["-gencode", f"arch={virtual},code={virtual}"]
+    return flags
+
+
+def compile_fat(source: str, archs: Sequence[str], nvcc: str) -> bytes:
+    """CUDA C++ source -> a fat binary; a RuntimeError holds what nvcc printed."""
+    with tempfile.TemporaryDirectory(prefix="bitnet-nvcc-") as directory:
+        code, binary = Path(directory, "kernels.cu"), Path(directory, "kernels.fatbin")
+        code.write_text(source, encoding="utf-8")
+        command = [nvcc, "--fatbin", *FLAGS, *gencode(archs), "-o", str(binary), str(code)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr or done.stdout}")
+        return binary.read_bytes()
+
+
+@contextmanager
+def compiling_for(target: GpuTarget, nvcc: str) -> Iterator[None]:
+    """TVM compiles device code with our flags within the block."""
+
+    def compile_source(source: str) -> bytes:
+        return compile_fat(source, target.archs, nvcc)
+
+    tvm_ffi.register_global_func(CALLBACK, compile_source, override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(CALLBACK, tvm_nvcc.tvm_callback_cuda_compile, override=True)
