@@ -7,9 +7,12 @@ from pathlib import Path
 import tvm
 from tvm.ir.transform import Pass
 from tvm.relax import transform
+from tvm.runtime import Executable
 from tvm.support import cc
 
 from compiler.config import BuildError
+from compiler.passes.bound_rows import bound_rows
+from compiler.passes.capture_decode import capture_decode
 from compiler.passes.drop_checks import drop_checks
 from compiler.passes.dump_ir import dump_ir
 from compiler.passes.pack_weights import pack_weights
@@ -17,6 +20,7 @@ from compiler.passes.probe_sparsity import probe_sparsity
 from compiler.passes.reuse_tensors import reuse_tensors
 from compiler.passes.schedule_stock_ops import schedule_stock_ops
 from compiler.passes.specialize_kv_cache import specialize_kv_cache
+from compiler.toolchain import device_compiler
 from schedules.targets import TargetSpec
 
 
@@ -47,9 +51,11 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         transform.ToNonDataflow(),
         transform.RemovePurityChecking(),
         transform.CallTIRRewrite(),
+        bound_rows,
         transform.StaticPlanBlockMemory(),
         reuse_tensors,
         transform.CanonicalizeBindings(),
+        capture_decode,
         *dump("4-planned"),
         # Phase 5: the virtual machine's own calls
         transform.LowerAllocTensor(),
@@ -70,9 +76,15 @@ def lower(
         return tvm.transform.Sequential(passes(kv_bits, dump_directory))(mod)
 
 
+def generate(lowered: tvm.IRModule, target: TargetSpec) -> Executable:
+    """Machine code for the kernels, the virtual machine's code for the functions."""
+    with device_compiler(target):
+        return tvm.compile(lowered, target.to_tvm(), relax_pipeline=None)
+
+
 def compile_library(lowered: tvm.IRModule, target: TargetSpec, path: Path, linker: str) -> None:
-    """Generate machine code for the kernels and the virtual machine's code, and link both."""
-    executable = tvm.compile(lowered, target.to_tvm(), relax_pipeline=None)
+    """`generate`, and link both into one library."""
+    executable = generate(lowered, target)
     try:
         executable.export_library(str(path), fcompile=partial(cc.create_shared, cc=linker))
     except RuntimeError as error:  # of create_shared: a title, what the linker printed, its command

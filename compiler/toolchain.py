@@ -2,9 +2,11 @@
 
 import platform
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 
 from compiler.config import BuildError
-from schedules.targets import CpuTarget, TargetSpec
+from compiler.nvcc import compiling_for, find_nvcc
+from schedules.targets import CpuTarget, GpuTarget, TargetSpec
 
 LINKERS = ("gcc", "cc", "clang")
 CROSS_LINKERS = {"aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")}  # program, package
@@ -37,3 +39,10 @@ def find_cross_linker(target: str, machine: str) -> str:
         f"linker: {target} is for {machine}, this host is {platform.machine()}: asked for "
         f"{program}, found none on the PATH; possible: apt-get install {package}"
     )
+
+
+def device_compiler(target: TargetSpec) -> AbstractContextManager[None]:
+    """What TVM compiles device code with, for as long as the block runs."""
+    if isinstance(target, GpuTarget):
+        return compiling_for(target, find_nvcc(target))
+    return nullcontext()

@@ -8,6 +8,7 @@ import ctypes
 import platform
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cache
 
 from tvm.target import Target
 
@@ -23,6 +24,10 @@ class TargetSpec:
 
     def needs(self) -> dict[str, object]:
         """What a host must have to run the build, as artifact.json says it."""
+        raise NotImplementedError
+
+    def runs_here(self) -> bool:
+        """Whether this host can run the build."""
         raise NotImplementedError
 
 
@@ -48,7 +53,6 @@ class CpuTarget(TargetSpec):
         return {"device": "cpu", "machine": machine, "cpu_flags": list(self.cpu_flags)}
 
     def runs_here(self) -> bool:
-        """Whether this host can run the build."""
         return self.machine in ("", platform.machine()) and set(self.cpu_flags) <= host_flags()
 
 
@@ -63,6 +67,12 @@ class GpuTarget(TargetSpec):
     def needs(self) -> dict[str, object]:
         machine = platform.machine()  # of the host code beside the kernels
         return {"device": "cuda", "machine": machine, "cpu_flags": [], "archs": list(self.archs)}
+
+    def runs_here(self) -> bool:
+        found = compute_capability()
+        return found is not None and f"sm_{found[0]}{found[1]}" in (
+            a.rstrip("a") for a in self.archs
+        )
 
 
 def gpu(
@@ -154,20 +164,7 @@ def host_flags() -> frozenset[str]:
     return frozenset()
 
 
-def detect_gpu(capability: tuple[int, int] | None) -> TargetSpec:
-    """The row for a GPU of this compute capability; without one, the build for all archs."""
-    if capability is None:
-        return TARGETS["cuda-fat"]
-    name = f"cuda-sm{capability[0]}{capability[1]}"
-    if name not in TARGETS:
-        possible = ", ".join(row for row in TARGETS if row.startswith("cuda-sm"))
-        raise ValueError(
-            f"target: asked for cuda, found a GPU of compute capability "
-            f"{capability[0]}.{capability[1]}, for which there is no row; possible: {possible}"
-        )
-    return TARGETS[name]
-
-
+@cache
 def compute_capability() -> tuple[int, int] | None:
     """Of the first GPU, as its driver says; None where there is no driver or no GPU."""
     try:
@@ -180,6 +177,20 @@ def compute_capability() -> tuple[int, int] | None:
     if driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device):
         return None
     return major.value, minor.value
+
+
+def detect_gpu(capability: tuple[int, int] | None) -> TargetSpec:
+    """The row for a GPU of this compute capability; without one, the build for all archs."""
+    if capability is None:
+        return TARGETS["cuda-fat"]
+    name = f"cuda-sm{capability[0]}{capability[1]}"
+    if name not in TARGETS:
+        possible = ", ".join(row for row in TARGETS if row.startswith("cuda-sm"))
+        raise ValueError(
+            f"target: asked for cuda, found a GPU of compute capability "
+            f"{capability[0]}.{capability[1]}, for which there is no row; possible: {possible}"
+        )
+    return TARGETS[name]
 
 
 def find(name: str) -> TargetSpec:

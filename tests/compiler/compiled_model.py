@@ -92,7 +92,7 @@ def compile_tiny(variant: str, target: str, directory: Path) -> CompiledModel:
     weights = IntegerWeights(directory)
     with using(spec), spec.to_tvm():
         lowered = pipeline.lower(exported(variant), KV_BITS)
-        executable = tvm.compile(lowered, spec.to_tvm(), relax_pipeline=None)
+        executable = pipeline.generate(lowered, spec)
     layouts = lowered.attrs["layouts"]
     params = []
     for name in map(str, lowered.attrs["param_names"]):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from compiled_model import KV_BITS, TINY, VARIANTS, CompiledModel, compile_tiny
 
-from schedules.targets import TARGETS, host_flags
+from schedules.targets import TARGETS
 
 PROMPT = np.arange(1, 15) * 37 % TINY.vocab_size
 FLOAT_TOLERANCE = 2e-3  # of the largest number: float16 steps of the cache, 1 / 1024, twice
@@ -18,8 +18,8 @@ FLOAT_TOLERANCE = 2e-3  # of the largest number: float16 steps of the cache, 1 /
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiled_model(variant, target, tmp_path):
     """One test for a model: compiling it is nearly all of the time."""
-    if missing := set(TARGETS[target].cpu_flags) - host_flags():
-        pytest.skip(f"host lacks {' '.join(sorted(missing))} of target {target}")
+    if not TARGETS[target].runs_here():
+        pytest.skip(f"target {target} needs {TARGETS[target].needs()}")
     model = compile_tiny(variant, target, tmp_path)
     for kv_bits in KV_BITS:
         check_against_torch(model, kv_bits)
