@@ -39,6 +39,7 @@ class CpuTarget(TargetSpec):
     l2_bytes: int  # of one core
     machine: str = ""  # `uname -m` of a host that runs the build; "" is that of the build's host
     cpu_flags: tuple[str, ...] = ()  # /proc/cpuinfo flags that a host needs to run the build
+    is_board: bool = False  # one CPU by name; `native` takes a row of an instruction set
 
     def __post_init__(self):
         assert self.families and self.families[-1] == "generic", f"{self.name}: generic is last"
@@ -103,6 +104,47 @@ def gpu(
     )
 
 
+# What /proc/cpuinfo calls the features of each ARM level, every level with those before it
+ARM_NEON = ("asimd",)
+ARM_DOTPROD = (*ARM_NEON, "asimddp")
+ARM_I8MM = (*ARM_DOTPROD, "i8mm")
+ARM_SVE2 = (*ARM_I8MM, "sve", "sve2")
+ARM_8_2 = ("asimdhp", "asimdrdm", "atomics", "crc32", "lrcpc")  # of every core named below
+
+
+def arm(
+    name: str,
+    cpu_flags: tuple[str, ...],
+    llvm: dict[str, object],
+    l1d_kib: int = 32,
+    l2_kib: int = 128,
+    is_board: bool = False,
+) -> CpuTarget:
+    """A row for arm64 Linux. The families follow from the flags; caches are those of one core, by
+    default of the smallest that has the flags (Cortex-A53, A55, A510: a share of a common L2)."""
+    levels = {"i8mm": ARM_I8MM, "dotprod": ARM_DOTPROD, "neon": ARM_NEON}
+    families = [level for level, flags in levels.items() if set(flags) <= set(cpu_flags)]
+    return CpuTarget(
+        name=name,
+        families=(*families, "generic"),
+        tvm={"kind": "llvm", "mtriple": "aarch64-linux-gnu", **llvm},
+        vector_bits=128,
+        num_vector_registers=32,
+        l1d_bytes=l1d_kib * 1024,
+        l2_bytes=l2_kib * 1024,
+        machine="aarch64",
+        cpu_flags=cpu_flags,
+        is_board=is_board,
+    )
+
+
+def arm_board(
+    name: str, mcpu: str, cpu_flags: tuple[str, ...], l1d_kib: int, l2_kib: int
+) -> CpuTarget:
+    """A row that differs from its instruction set's in what LLVM knows of the core, and caches."""
+    return arm(name, cpu_flags, {"mcpu": mcpu}, l1d_kib, l2_kib, is_board=True)
+
+
 TARGETS: dict[str, TargetSpec] = {
     spec.name: spec
     for spec in (
@@ -129,6 +171,22 @@ TARGETS: dict[str, TargetSpec] = {
             machine="x86_64",
             cpu_flags=("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"),
         ),
+        # Features: https://developer.arm.com/documentation/109697 (A-profile feature names)
+        arm("arm-neon", ARM_NEON, {"mattr": ["+neon"]}),
+        arm("arm-dotprod", ARM_DOTPROD, {"mattr": ["+neon", "+dotprod"]}),
+        arm("arm-i8mm", ARM_I8MM, {"mattr": ["+neon", "+dotprod", "+i8mm"]}),
+        # LLVM uses SVE2 in the loops that it vectorises. The kernels' own vectors are NEON's:
+        # every core with SVE2 today has 128-bit registers for both.
+        arm("arm-sve2", ARM_SVE2, {"mattr": ["+neon", "+dotprod", "+i8mm", "+sve2"]}),
+        arm_board("arm-pi4", "cortex-a72", (*ARM_NEON, "crc32"), 32, 256),
+        arm_board("arm-pi5", "cortex-a76", (*ARM_DOTPROD, *ARM_8_2), 64, 512),
+        # ARMv8.2 phones since 2018: scheduled for the in-order little core, where it matters most
+        arm_board("arm-phone", "cortex-a55", (*ARM_DOTPROD, *ARM_8_2), 32, 128),
+        arm_board("arm-graviton3", "neoverse-v1", (*ARM_I8MM, *ARM_8_2, "bf16", "sve"), 64, 1024),
+        arm_board("arm-graviton4", "neoverse-v2", (*ARM_SVE2, *ARM_8_2, "bf16"), 64, 2048),
+        # Under Linux; M1 has no i8mm. L2 is a performance core's share.
+        arm_board("arm-apple-m1", "apple-m1", (*ARM_DOTPROD, *ARM_8_2), 128, 3072),
+        arm_board("arm-apple-m2", "apple-m2", (*ARM_I8MM, *ARM_8_2, "bf16"), 128, 4096),
         # Multiprocessors and L2 of the arch's best-known chip; shared memory a block may opt in.
         # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
         gpu("cuda-sm80", ("sm_80",), 108, 163, 40),  # A100
@@ -144,7 +202,8 @@ TARGETS: dict[str, TargetSpec] = {
 
 def detect_native(machine: str, cpu_flags: Collection[str]) -> CpuTarget:
     """The CPU's row with the widest vectors among those that such a host can run."""
-    rows = [spec for spec in TARGETS.values() if isinstance(spec, CpuTarget)]
+    cpus = [spec for spec in TARGETS.values() if isinstance(spec, CpuTarget)]
+    rows = [spec for spec in cpus if not spec.is_board]
     possible = [
         row for row in rows if row.machine in ("", machine) and set(row.cpu_flags) <= set(cpu_flags)
     ]

@@ -14,6 +14,30 @@ def test_detect_native(flags, name):
     assert detect_native("x86_64", flags).name == name
 
 
+PI_4 = ["fp", "asimd", "evtstrm", "crc32", "cpuid"]
+PI_5 = [*PI_4, "atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "dcpop", "asimddp"]
+GRAVITON_3 = [*PI_5, "sve", "i8mm", "bf16"]
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (PI_4, "arm-neon"),
+        (PI_5, "arm-dotprod"),
+        (GRAVITON_3, "arm-i8mm"),
+        ([*GRAVITON_3, "sve2"], "arm-sve2"),
+    ],
+)
+def test_native_on_arm_is_an_instruction_set(flags, name):
+    assert detect_native("aarch64", flags).name == name
+
+
+def test_arm_families_follow_from_the_flags():
+    assert TARGETS["arm-pi4"].families == ("neon", "generic")
+    assert TARGETS["arm-pi5"].families == ("dotprod", "neon", "generic")
+    assert TARGETS["arm-graviton4"].families == ("i8mm", "dotprod", "neon", "generic")
+
+
 def test_find_names_what_is_possible():
     with pytest.raises(ValueError, match=r"asked for 'vax'; possible: generic, x86-avx2.*, native"):
         find("vax")
