@@ -6,7 +6,7 @@ lets TVMScript print and parse it as `R.bitnet.<name>(...)`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import tvm
 import tvm.relax.script.parser as relax_parser
@@ -14,14 +14,14 @@ from tvm import relax, tirx
 from tvm.ir import Op, _ffi_api
 from tvm.tirx import PrimFunc
 
-from compiler.kernels import find_schedule, in_force
+from compiler.kernels import KernelTable, Make, Schedule, Sizes, in_force
 from compiler.signature import Match, TensorArg, same_shape, show_shape, show_type
 from schedules.layouts import LAYOUTS, Layout
 from schedules.targets import TargetSpec
 
 Statics = Mapping[str, int | float]
-# (module of schedules/, size of a letter, static arguments, target) -> the kernel
-KernelFactory = Callable[[ModuleType, Callable[[str], int], Statics, TargetSpec], PrimFunc]
+# (schedule, size of a letter, static arguments, target) -> the kernel
+KernelFactory = Callable[[Schedule, Callable[[str], int], Statics, TargetSpec], PrimFunc]
 
 relax_parser.bitnet = SimpleNamespace()  # what `R.bitnet` means to the parser of TVMScript
 
@@ -39,7 +39,7 @@ class OpDef:
     kernel: KernelFactory
     statics: Mapping[str, type | tuple[int, ...]] = field(default_factory=dict)
     weight: str | None = None  # the ternary argument i8[N, K] that PackWeights packs
-    layout: Callable[[ModuleType, Statics], str] | None = None  # which one the kernel reads
+    layout: Callable[[Schedule, Statics], str] | None = None  # which one the kernel reads
     inplace: tuple[int, ...] = ()  # the tensor argument that each result overwrites
     check: Callable[[Match, Statics], None] = no_check  # what letters cannot say
 
@@ -64,28 +64,32 @@ class OpDef:
         return types[0] if len(types) == 1 else relax.TupleType(types)
 
     def legalize(self, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-        """A call of the target's best kernel, which is compiled once however often it is used."""
+        """A call of the kernel chosen for the target, compiled once however often it is used."""
         match, statics, table = self.match(call), self.static_values(call), in_force()
-        family, schedule = find_schedule(self.schedules, table.target.families)
-        if self.weight and (problem := self._layout_problem(match, statics, table.target)):
-            match.refuse(f"{problem}, as schedules/{self.schedules}/{family}.py reads it")
-        kernel = table.add(
-            bb,
-            self.name,
-            family,
-            match.constants() | dict(statics),
-            lambda: self.kernel(schedule, match.static, statics, table.target),
-        )
+        if self.weight and (problem := self._layout_problem(match, statics, table)):
+            match.refuse(problem)
+        sizes, make = self.sizes(match, statics), self.maker(match, statics, table.target)
+        kernel = table.add(bb, self.name, self.schedules, sizes, make)
         tensors, types = list(call.args[: len(self.tensors)]), self._result_types(match)
         if self.inplace:
             return relax.op.call_tir_inplace(kernel, tensors, list(self.inplace), types)
         return relax.call_tir(kernel, tensors, types if len(types) > 1 else types[0])
 
-    def weight_layout(self, statics: Statics, target: TargetSpec) -> Layout:
-        """The layout in which the target's kernel reads the weight."""
+    def sizes(self, match: Match, statics: Statics) -> Sizes:
+        """What a kernel is built for, and chosen by."""
+        return match.constants() | dict(statics)
+
+    def maker(self, match: Match, statics: Statics, target: TargetSpec) -> Make:
+        return lambda schedule: self.kernel(schedule, match.static, statics, target)
+
+    def schedule(self, match: Match, statics: Statics, table: KernelTable) -> Schedule:
+        sizes, make = self.sizes(match, statics), self.maker(match, statics, table.target)
+        return table.choose(self.name, self.schedules, sizes, make)
+
+    def weight_layout(self, match: Match, statics: Statics, table: KernelTable) -> Layout:
+        """The layout in which the chosen kernel reads the weight."""
         assert self.layout
-        _, schedule = find_schedule(self.schedules, target.families)
-        return LAYOUTS[self.layout(schedule, statics)]
+        return LAYOUTS[self.layout(self.schedule(match, statics, table), statics)]
 
     def match(self, call: relax.Call) -> Match:
         """Check a call and return its sizes; TypeError names the argument that is wrong."""
@@ -120,13 +124,17 @@ class OpDef:
             elif not isinstance(value, kind) or value <= 0:
                 match.refuse(f"{name} is {value}, expected {kind.__name__} above 0")
 
-    def _layout_problem(self, match: Match, statics: Statics, target: TargetSpec) -> str | None:
+    def _layout_problem(self, match: Match, statics: Statics, table: KernelTable) -> str | None:
         assert self.weight
-        layout, found = self.weight_layout(statics, target), match.types[self.weight]
+        layout, found = self.weight_layout(match, statics, table), match.types[self.weight]
         shape = layout.packed_shape(match.static("N"), match.static("K"))
         if str(found.dtype) == "uint8" and same_shape(found.shape, shape):
             return None
-        return f"{self.weight} is {show_type(found)}, expected uint8 {shape} of {layout.name}"
+        family = self.schedule(match, statics, table).choice.family
+        return (
+            f"{self.weight} is {show_type(found)}, expected uint8 {shape} of {layout.name}, "
+            f"as schedules/{self.schedules}/{family}.py reads it"
+        )
 
     def _result_types(self, match: Match) -> list[relax.TensorType]:
         if self.inplace:

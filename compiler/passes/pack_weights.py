@@ -1,4 +1,4 @@
-"""PackWeights: give every ternary parameter the layout that the target's kernel reads.
+"""PackWeights: give every ternary parameter the layout that the chosen kernel reads.
 
     params[i]: i8[N, K]  ->  u8[packed shape]
 
@@ -32,7 +32,7 @@ def pack_weights(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModul
 
 def choose_layouts(func: relax.Function) -> dict[int, str]:
     """Index in `params` -> layout, for the weights of a function's dialect calls."""
-    target = in_force().target
+    table = in_force()
     value_of = {b.var: b.value for block in func.body.blocks for b in block.bindings}
     layouts = {}
     for value in value_of.values():
@@ -42,7 +42,8 @@ def choose_layouts(func: relax.Function) -> dict[int, str]:
         weight = value_of.get(value.args[op.argument_names.index(op.weight)])
         if not isinstance(weight, relax.TupleGetItem):
             raise ValueError(f"{op.name}: {op.weight} is not a parameter, so it cannot be packed")
-        layouts[weight.index] = op.weight_layout(op.static_values(value), target).name
+        statics = op.static_values(value)
+        layouts[weight.index] = op.weight_layout(op.match(value), statics, table).name
     return layouts
 
 
