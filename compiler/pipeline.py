@@ -23,6 +23,9 @@ from compiler.passes.specialize_kv_cache import specialize_kv_cache
 from compiler.toolchain import device_compiler
 from schedules.targets import TargetSpec
 
+LAUNCH = Path(__file__).with_name("launch.c")  # what kernels call for a parallel loop
+LAUNCH_FLAGS = ("-O2", "-pthread")
+
 
 def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[Pass]:
     """In order. To be run with a target in force (`compiler.kernels.using`)."""
@@ -85,8 +88,9 @@ def generate(lowered: tvm.IRModule, target: TargetSpec) -> Executable:
 def compile_library(lowered: tvm.IRModule, target: TargetSpec, path: Path, linker: str) -> None:
     """`generate`, and link both into one library."""
     executable = generate(lowered, target)
+    link = partial(cc.create_shared, cc=linker, options=[*LAUNCH_FLAGS, str(LAUNCH)])
     try:
-        executable.export_library(str(path), fcompile=partial(cc.create_shared, cc=linker))
+        executable.export_library(str(path), fcompile=link)
     except RuntimeError as error:  # of create_shared: a title, what the linker printed, its command
         printed = str(error).splitlines()[1:]
         reasons = [line for line in printed if "failed" in line or "error" in line]

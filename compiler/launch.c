@@ -1,0 +1,191 @@
+/* Launches of parallel loops: linked into every compiled library, in place of TVM's thread pool.
+
+   A kernel's `T.parallel` calls through the pointer __TVMBackendParallelLaunch, a weak symbol that
+   TVM's loader looks up and fills with its own pool, which takes 8-10 us a launch. Here the symbol
+   is strong and hidden: the kernels bind to it and the loader does not find it.
+
+       launch(body):   num_task = TVM_NUM_THREADS     read each time, as TVM does
+           open the gate of num_task - 1 workers      they run body(1), body(2), ...
+           body(0)                                    in the caller
+           wait at the gate `done`
+
+   Who waits at a gate spins for SPIN_NS, so that the many short loops of a step find the workers
+   awake, then sleeps. One pool a library, made by the first launch; a caller that finds it taken
+   (another thread's launch, or a loop within a loop) runs the whole loop itself. A forked child
+   has no workers and makes its own. Workers end before the library is unloaded.
+
+   Measured: docs/log.md, "launches". */
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MAX_TASKS = 256, SPIN_NS = 50000, CACHE_LINE = 64, PAUSES = 16 };
+
+/* TVM's c_backend_api.h: the body of a loop runs the share task_id of env->num_task. */
+typedef struct {
+  void *sync_handle;
+  int32_t num_task;
+} Env;
+typedef int (*Body)(int task_id, Env *env, void *closure);
+
+typedef struct {
+  _Alignas(CACHE_LINE) atomic_uint opened; /* how many times */
+  atomic_int sleepers;
+  pthread_mutex_t mutex;
+  pthread_cond_t cond;
+} Gate;
+
+typedef struct {
+  Gate gate;
+  unsigned passed; /* openings of the gate that the worker has seen */
+  int task_id;
+  pthread_t thread;
+} Worker;
+
+static struct {
+  pthread_mutex_t taken; /* by the launch that uses the workers */
+  int num_workers;
+  atomic_int stop;
+  /* the loop being run; written before the workers' gates open */
+  Body body;
+  Env env;
+  void *closure;
+  atomic_int running; /* workers that have not finished */
+  atomic_int failed;
+  Gate done;
+  Worker workers[MAX_TASKS - 1];
+} pool = {.taken = PTHREAD_MUTEX_INITIALIZER,
+          .done = {.mutex = PTHREAD_MUTEX_INITIALIZER, .cond = PTHREAD_COND_INITIALIZER}};
+
+static void relax_cpu(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb"); /* `yield` returns at once on most cores */
+#endif
+}
+
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+static void init_gate(Gate *gate) {
+  atomic_store(&gate->opened, 0);
+  atomic_store(&gate->sleepers, 0);
+  pthread_mutex_init(&gate->mutex, NULL);
+  pthread_cond_init(&gate->cond, NULL);
+}
+
+static void open_gate(Gate *gate) {
+  atomic_fetch_add(&gate->opened, 1);
+  if (atomic_load(&gate->sleepers)) { /* counted before the sleeper looks at `opened` once more */
+    pthread_mutex_lock(&gate->mutex);
+    pthread_cond_broadcast(&gate->cond);
+    pthread_mutex_unlock(&gate->mutex);
+  }
+}
+
+/* Wait until the gate has been opened more than `passed` times. */
+static void pass_gate(Gate *gate, unsigned passed) {
+  int64_t start = 0;
+  while (atomic_load_explicit(&gate->opened, memory_order_acquire) == passed) {
+    for (int i = 0; i < PAUSES; ++i) {
+      relax_cpu();
+      if (atomic_load_explicit(&gate->opened, memory_order_acquire) != passed) return;
+    }
+    int64_t now = now_ns();
+    if (!start) start = now;
+    if (now - start < SPIN_NS) continue;
+    pthread_mutex_lock(&gate->mutex);
+    atomic_fetch_add(&gate->sleepers, 1);
+    while (atomic_load(&gate->opened) == passed) pthread_cond_wait(&gate->cond, &gate->mutex);
+    atomic_fetch_sub(&gate->sleepers, 1);
+    pthread_mutex_unlock(&gate->mutex);
+  }
+}
+
+static void *work(void *argument) {
+  Worker *self = argument;
+  for (;; ++self->passed) {
+    pass_gate(&self->gate, self->passed);
+    if (atomic_load(&pool.stop)) return NULL;
+    if (pool.body(self->task_id, &pool.env, pool.closure)) atomic_store(&pool.failed, 1);
+    if (atomic_fetch_sub(&pool.running, 1) == 1) open_gate(&pool.done);
+  }
+}
+
+/* Start workers up to `count`; fewer where the system refuses a thread. Signals are for others. */
+static void start_workers(int count) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  while (pool.num_workers < count) {
+    Worker *worker = &pool.workers[pool.num_workers];
+    init_gate(&worker->gate);
+    worker->passed = 0;
+    worker->task_id = pool.num_workers + 1;
+    if (pthread_create(&worker->thread, NULL, work, worker)) break;
+    ++pool.num_workers;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static int num_threads(void) {
+  const char *asked = getenv("TVM_NUM_THREADS");
+  long count = asked ? strtol(asked, NULL, 10) : sysconf(_SC_NPROCESSORS_ONLN);
+  return count < 1 ? 1 : count > MAX_TASKS ? MAX_TASKS : (int)count;
+}
+
+static int launch_alone(Body body, void *closure) {
+  Env env = {NULL, 1};
+  return body(0, &env, closure);
+}
+
+static int launch(Body body, void *closure, int num_task) {
+  if (num_task <= 0) num_task = num_threads();
+  if (num_task == 1 || pthread_mutex_trylock(&pool.taken)) return launch_alone(body, closure);
+  if (num_task > MAX_TASKS) num_task = MAX_TASKS;
+  if (num_task - 1 > pool.num_workers) start_workers(num_task - 1);
+  if (num_task - 1 > pool.num_workers) num_task = pool.num_workers + 1;
+
+  unsigned passed = atomic_load(&pool.done.opened);
+  pool.body = body;
+  pool.closure = closure;
+  pool.env = (Env){NULL, num_task};
+  atomic_store(&pool.failed, 0);
+  atomic_store(&pool.running, num_task - 1);
+  for (int i = 0; i < num_task - 1; ++i) open_gate(&pool.workers[i].gate);
+  int failed = body(0, &pool.env, closure);
+  if (num_task > 1) pass_gate(&pool.done, passed);
+  failed |= atomic_load(&pool.failed);
+  pthread_mutex_unlock(&pool.taken);
+  /* A worker's error is in the worker's thread: run the loop here to have it, or to succeed. */
+  return failed ? launch_alone(body, closure) : 0;
+}
+
+static void forget_workers(void) { /* in a forked child, where they do not exist */
+  pthread_mutex_init(&pool.taken, NULL);
+  init_gate(&pool.done);
+  pool.num_workers = 0;
+}
+
+__attribute__((constructor)) static void prepare(void) {
+  pthread_atfork(NULL, NULL, forget_workers);
+}
+
+__attribute__((destructor)) static void stop_workers(void) {
+  if (pthread_mutex_trylock(&pool.taken)) return; /* the process exits amid a launch */
+  atomic_store(&pool.stop, 1);
+  for (int i = 0; i < pool.num_workers; ++i) open_gate(&pool.workers[i].gate);
+  for (int i = 0; i < pool.num_workers; ++i) pthread_join(pool.workers[i].thread, NULL);
+}
+
+__attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(Body, void *, int) = launch;

@@ -1,0 +1,106 @@
+"""launch.c: parallel loops of a linked library, in processes of their own: a hang is a failure."""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import tvm
+from tvm.script import tirx as T
+from tvm.support import cc
+
+from compiler.pipeline import LAUNCH, LAUNCH_FLAGS
+
+ITEMS = 12
+
+SETUP = """
+import os, sys, threading, time
+import numpy as np
+from runtime import tvm_runtime
+os.environ["TVM_NUM_THREADS"] = "3"
+tvm = tvm_runtime.load()
+module = tvm.runtime.load_module(sys.argv[1])
+who_runs = module["who_runs"]
+
+def run(work=0):
+    "The thread of every item; each item adds one to `work` numbers."
+    out = tvm.runtime.tensor(np.zeros(12, np.uint64))
+    scratch = tvm.runtime.tensor(np.zeros((12, work), np.int32))
+    who_runs(out, scratch)
+    assert (scratch.numpy() == 1).all()
+    return out.numpy().tolist()
+"""
+
+CASES = {
+    "items are shared by threads, in order": """
+threads = run()
+assert threads[0] == threads[3] == threading.get_ident(), threads
+assert threads[4] == threads[7] and threads[8] == threads[11] and len(set(threads)) == 3, threads
+assert run(1) == threads  # the same workers again
+""",
+    "the number of threads may change at every launch": """
+for count in (3, 1, 6, 2):
+    os.environ["TVM_NUM_THREADS"] = str(count)
+    assert len(set(run(100))) == count
+""",
+    "many launches, short and long": """
+for work in [0, 1, 10, 1000, 100000] * 200:
+    run(work)
+""",
+    "workers sleep when nothing runs": """
+run()
+time.sleep(0.05)
+before = time.process_time()
+time.sleep(0.5)
+assert time.process_time() - before < 0.05
+assert len(set(run())) == 3  # and wake up
+""",
+    "a forked child has its own workers": """
+run()
+child = os.fork()
+if child == 0:
+    os._exit(len(set(run(100))))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+assert len(set(run(100))) == 3
+""",
+    "two threads at once": """
+def many():
+    for _ in range(300):
+        assert len(set(run(1000))) in (1, 3)
+callers = [threading.Thread(target=many) for _ in range(2)]
+[c.start() for c in callers], [c.join() for c in callers]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    @T.prim_func(s_tir=True)
+    def who_runs(out: T.Buffer((ITEMS,), "uint64"), scratch_: T.handle):
+        T.func_attr({"global_symbol": "who_runs"})
+        work = T.int64()
+        scratch = T.match_buffer(scratch_, (ITEMS, work), "int32")
+        for i in T.parallel(ITEMS):
+            out[i] = T.call_extern("uint64", "pthread_self")
+            for j in T.serial(work):
+                scratch[i, j] = scratch[i, j] + 1
+
+    path = tmp_path_factory.mktemp("launch") / "who_runs.so"
+    built = tvm.compile(tvm.IRModule({"who_runs": who_runs}), tvm.target.Target("llvm"))
+    options = [*LAUNCH_FLAGS, "-Wall", "-Wextra", "-Werror", str(LAUNCH)]
+    built.export_library(str(path), fcompile=partial(cc.create_shared, cc="gcc", options=options))
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_launch(library, case):
+    command = [sys.executable, "-c", SETUP + CASES[case], library]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tvm_does_not_find_the_pointer(library):
+    """Its loader would put its own pool there."""
+    names = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
+    assert "__tvm_ffi_who_runs" in names
+    assert "__TVMBackendParallelLaunch" not in names
