@@ -23,7 +23,7 @@ from compiler.config import BuildError
 from model.config import ModelConfig
 from schedules.layouts import LAYOUTS
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "artifact.json"
 LIBRARY, PARAMS, TOKENIZER = "model.so", "params.bin", "tokenizer.json"
 FILES = {MANIFEST, LIBRARY, PARAMS, TOKENIZER, "config.json"}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtime import host, tvm_runtime
+from runtime.device import Device
 from runtime.errors import ArtifactError
 from runtime.manifest import MANIFEST, ModelShape, read_file, read_manifest, read_shape
 
@@ -51,6 +52,11 @@ class Artifact:
         """Open and check a directory; `verify=False` leaves out the hashes, not the sizes."""
         path = Path(directory)
         manifest = read_manifest(path)
+        if manifest["machine"] != host.machine():
+            raise ArtifactError(
+                f"artifact {path}: target {manifest['target']!r} is for {manifest['machine']} "
+                f"hosts, this one is {host.machine()}; possible: build with --target native here"
+            )
         if missing := host.missing_cpu_flags(manifest["cpu_flags"]):
             raise ArtifactError(
                 f"artifact {path}: target {manifest['target']!r} needs the CPU flags "
@@ -73,13 +79,14 @@ class Artifact:
         """Bytes of params.bin, all of them mapped."""
         return int(self.manifest["params"]["bytes"])
 
-    def open_library(self) -> Any:
-        """The compiled module, on the CPU."""
-        return tvm_runtime.open_module((self.path / self.manifest["library"]["file"]).resolve())
+    def open_library(self, device: Device) -> Any:
+        """The compiled module."""
+        library = (self.path / self.manifest["library"]["file"]).resolve()
+        return tvm_runtime.open_module(library, device.handle)
 
-    def parameters(self) -> Any:
-        """The parameters as one argument of a compiled function; nothing is copied."""
-        return tvm_runtime.group(tvm_runtime.share(array) for array in self.params.values())
+    def parameters(self, device: Device) -> Any:
+        """The parameters as one argument of a compiled function; on a CPU nothing is copied."""
+        return tvm_runtime.group(device.place(self.params.values()))
 
 
 def _check_size(path: Path, entry: dict[str, Any]) -> None:

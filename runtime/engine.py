@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from runtime import host, tvm_runtime
 from runtime.artifact import Artifact
+from runtime.device import open_device
 from runtime.errors import ArtifactError, RuntimeRefusal, require_whole
 from runtime.generation import Generation
 from runtime.kv_cache import KVCache
@@ -36,10 +37,10 @@ class Engine:
         self.threads = threads
         self.context = cache.context
         self.kv_bits = cache.bits
-        self._module = artifact.open_library()
-        self._prefill = self._function(f"prefill_kv{cache.bits}")
-        self._decode = self._function(f"decode_kv{cache.bits}")
-        self._parameters = artifact.parameters()
+        self._device = cache.device
+        self._module = artifact.open_library(self._device)
+        self._functions = {name: self._function(name) for name in ("prefill", "decode")}
+        self._parameters = artifact.parameters(self._device)
         tvm_runtime.use_threads(threads)
 
     @classmethod
@@ -68,14 +69,17 @@ class Engine:
             raise RuntimeRefusal(f"kv-bits: asked for {bits}; {artifact.path} has {possible}")
         length = artifact.context_length
         context = length if context is None else require_whole("context", context, 1, length)
-        shape = artifact.shape
-        cache = KVCache(shape.layers, slots, context, shape.kv_heads, shape.head_dim, bits)
+        shape, device = artifact.shape, open_device(artifact.manifest)
+        sizes = (shape.layers, slots, context, shape.kv_heads, shape.head_dim)
+        cache = KVCache(*sizes, bits, device)
+        device.require({"weights": artifact.params_bytes, "KV cache": cache.nbytes()})
         return cls(artifact, _open_tokenizer(artifact), cache, threads)
 
     def _function(self, name: str) -> Any:
-        function = tvm_runtime.function_or_none(self._module, name)
+        full_name = f"{name}_kv{self.kv_bits}"
+        function = tvm_runtime.function_or_none(self._module, full_name)
         if function is None:
-            raise ArtifactError(f"artifact {self.artifact.path}: its library has no {name}")
+            raise ArtifactError(f"artifact {self.artifact.path}: its library has no {full_name}")
         return function
 
     @property
@@ -130,7 +134,7 @@ class Engine:
             chunk = token_ids[begin : begin + PREFILL_ROWS]
             logits = self._append(chunk, slot, start + begin, [len(chunk) - 1])[0]
         logits = logits.copy()  # its memory goes back with the rest
-        tvm_runtime.free_unused_memory()
+        self._device.end_prompt()
         return logits
 
     def score(self, token_ids: Sequence[int], slot: int = 0) -> np.ndarray:
@@ -148,13 +152,13 @@ class Engine:
         for begin in range(0, len(token_ids), SCORE_ROWS):
             chunk = token_ids[begin : begin + SCORE_ROWS]
             yield begin, self._append(chunk, slot, begin, range(len(chunk)))
-        tvm_runtime.free_unused_memory()
+        self._device.end_prompt()
 
     def decode(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
     ) -> np.ndarray:
         """One step of M rows: logits f32[M, V]. Rows of one slot rise in position."""
-        return self._call(self._decode, *self._check_rows(tokens, slots, positions))
+        return self._call("decode", *self._check_rows(tokens, slots, positions))
 
     def sparsity(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
@@ -164,24 +168,28 @@ class Engine:
         None where the artifact was built without `decode_sparsity_kv{bits}`. The step is run
         like `decode`: it writes the cache.
         """
-        name = f"decode_sparsity_kv{self.kv_bits}"
-        function = tvm_runtime.function_or_none(self._module, name)
-        if function is None:
+        if "decode_sparsity" not in self._functions:
+            full_name = f"decode_sparsity_kv{self.kv_bits}"
+            found = tvm_runtime.function_or_none(self._module, full_name)
+            self._functions["decode_sparsity"] = found
+        if self._functions["decode_sparsity"] is None:
             return None
-        return self._call(function, *self._check_rows(tokens, slots, positions)).copy()
+        checked = self._check_rows(tokens, slots, positions)
+        return self._call("decode_sparsity", *checked).copy()
 
     def _append(
         self, tokens: Sequence[int], slot: int, start: int, rows: Sequence[int]
     ) -> np.ndarray:
         positions = range(start, start + len(tokens))
         checked = self._check_rows(tokens, [slot] * len(tokens), positions)
-        return self._call(self._prefill, *checked, np.asarray(rows, np.int64))
+        return self._call("prefill", *checked, np.asarray(rows, np.int64))
 
-    def _call(self, function: Any, *arrays: np.ndarray) -> np.ndarray:
+    def _call(self, name: str, *arrays: np.ndarray) -> np.ndarray:
         tvm_runtime.use_threads(self.threads)
-        arguments = [tvm_runtime.copy(array) for array in arrays]
+        arguments = self._device.inputs(name, arrays)
         try:
-            return tvm_runtime.view(function(*arguments, self.cache.tensors, self._parameters))
+            found = self._functions[name](*arguments, self.cache.tensors, self._parameters)
+            return self._device.fetch(found)
         except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
             reason = " ".join(str(error).split())[-200:]
             raise ArtifactError(

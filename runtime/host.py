@@ -40,8 +40,9 @@ def missing_cpu_flags(needed: list[str]) -> list[str]:
 
 
 def machine() -> str:
-    """The architecture's name, such as 'x86_64' or 'aarch64'."""
-    return platform.machine() or "unknown"
+    """The architecture's name, as Linux has it: 'x86_64', 'aarch64'."""
+    found = platform.machine() or "unknown"
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(found, found)
 
 
 def usable_cpus() -> int:

@@ -11,16 +11,16 @@ f16[S, Hkv, 2, T], S slots, T positions (the context), axis 2 = keys, values.
 """
 
 import math
-import mmap
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from runtime import tvm_runtime
+from runtime.device import Cpu, Device
 from runtime.errors import RuntimeRefusal, require_whole
 
 KV_BITS = (16, 4, 3)
-PAGE_BYTES = 4096
 MOST_LAYERS = 10_000
 
 
@@ -36,15 +36,22 @@ def row_elements(bits: int, context: int, head_dim: int) -> int:
 class KVCache:
     """Zeroed codes and scales of `layers` layers, and which slots are taken.
 
-    `tensors` is the tuple the compiled functions take, (codes0, scales0, codes1, ...); `arrays`
-    are numpy views of the same memory. The system gives pages as they are first written, so a
-    long context costs only what is used of it.
+    `tensors` is the tuple the compiled functions take, (codes0, scales0, codes1, ...). On a CPU
+    the system gives pages as they are first written, so a long context costs only what is used
+    of it; a GPU's memory is taken whole.
     """
 
     def __init__(
-        self, layers: int, slots: int, context: int, kv_heads: int, head_dim: int, bits: int
+        self,
+        layers: int,
+        slots: int,
+        context: int,
+        kv_heads: int,
+        head_dim: int,
+        bits: int,
+        device: Device | None = None,
     ) -> None:
-        """Refuses sizes below 1, unknown bits, and more memory than the system grants."""
+        """Refuses sizes below 1 and unknown bits. `device` None is the CPU."""
         if bits not in KV_BITS:
             raise RuntimeRefusal(f"kv-bits: asked for {bits}; possible: 16, 4, 3")
         if bits < 16 and head_dim % 8:
@@ -64,52 +71,38 @@ class KVCache:
             ),
             (np.float16, (*head, 1 if bits == 16 else context)),
         )
-        self.arrays = _zeros([(np.dtype(t), shape) for _ in range(layers) for t, shape in shapes])
-        self._tensors: Any = None
-        self._free = list(range(slots))[::-1]
+        self._wanted = [(np.dtype(t), shape) for _ in range(layers) for t, shape in shapes]
+        self.device = device or Cpu()
+        self._taken: set[int] = set()
+
+    @cached_property
+    def tensors(self) -> Any:
+        """Made when first asked for, so that `nbytes` can be weighed before."""
+        return tvm_runtime.group(self.device.zeros(self._wanted))
 
     @property
-    def tensors(self) -> Any:
-        """The caches as one argument of a compiled function."""
-        if self._tensors is None:
-            self._tensors = tvm_runtime.group(tvm_runtime.share(array) for array in self.arrays)
-        return self._tensors
+    def arrays(self) -> list[np.ndarray]:
+        """What the tensors hold; on a CPU views of the same memory."""
+        return [self.device.fetch(tensor) for tensor in self.tensors]
 
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._wanted)
 
     def allocate(self) -> int:
-        """A free slot, from now on taken; refuses when there is none."""
-        if not self._free:
+        """The lowest free slot, from now on taken; refuses when there is none."""
+        if not self.free_slots:
             raise RuntimeRefusal(f"slots: asked for one more; all {self.slots} are taken")
-        return self._free.pop()
+        slot = next(slot for slot in range(self.slots) if slot not in self._taken)
+        self._taken.add(slot)
+        return slot
 
     def release(self, slot: int) -> None:
         """Give a taken slot back. What it holds is overwritten by the slot's next sequence."""
-        if not 0 <= slot < self.slots or slot in self._free:
+        if slot not in self._taken:
             raise RuntimeRefusal(f"slots: asked to release {slot}, which is not taken")
-        self._free.append(slot)
+        self._taken.remove(slot)
 
     @property
     def free_slots(self) -> int:
-        return len(self._free)
-
-
-def _zeros(wanted: list[tuple[np.dtype, tuple[int, ...]]]) -> list[np.ndarray]:
-    """Zeroed arrays in one anonymous mapping, each on a page of its own."""
-    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in wanted]
-    padded = [-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes]
-    try:
-        memory = mmap.mmap(-1, sum(padded), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError, ValueError) as error:
-        raise RuntimeRefusal(
-            f"KV cache: asked for {sum(padded)} bytes, the system says: {error}; possible: fewer "
-            "slots, a shorter context, fewer kv-bits"
-        ) from error
-    arrays, offset = [], 0
-    for (dtype, shape), size, room in zip(wanted, sizes, padded, strict=True):
-        flat = np.frombuffer(memory, dtype, size // dtype.itemsize, offset)
-        arrays.append(flat.reshape(shape))
-        offset += room
-    return arrays
+        return self.slots - len(self._taken)

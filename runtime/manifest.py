@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.errors import ArtifactError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, CONFIG = "artifact.json", "config.json"
 LARGEST = 1 << 31  # bounds the sizes in config.json
 
@@ -16,6 +16,8 @@ Schema = type | list["Schema"] | dict[str | None, "Schema"]
 SCHEMA: Schema = {
     "model": str,
     "target": str,
+    "device": str,
+    "machine": str,
     "cpu_flags": [str],
     "kv_bits": [int],
     "default_kv_bits": int,
@@ -40,7 +42,7 @@ class ModelShape:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """artifact.json: its version, the types of its fields, and that it is for a CPU."""
+    """artifact.json: its version and the types of its fields."""
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
         raise ArtifactError(f"artifact: asked for {path}, which {what}")
@@ -57,13 +59,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if problem := _mismatch(manifest, SCHEMA, ""):
         raise ArtifactError(f"artifact {path}: {MANIFEST} needs {problem}")
-    record = manifest.get("record")
-    target = record.get("tvm_target") if isinstance(record, dict) else None
-    kind = target.get("kind", "llvm") if isinstance(target, dict) else "llvm"
-    if kind != "llvm":
-        raise ArtifactError(
-            f"artifact {path}: built for TVM's {kind!r}; this runtime runs CPU artifacts ('llvm')"
-        )
     return manifest
 
 

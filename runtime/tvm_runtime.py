@@ -95,12 +95,12 @@ def use_threads(count: int) -> None:
     _configured.count = count
 
 
-def open_module(library: Path) -> Any:
-    """The Relax virtual machine of a compiled module, on the CPU."""
+def open_module(library: Path, device: Any) -> Any:
+    """The Relax virtual machine of a compiled module, its kernels on TVM's `device`."""
     tvm = load()
     try:
         module = tvm.runtime.load_module(str(library))
-        return tvm.runtime.vm.VirtualMachine(module, tvm.cpu())
+        return tvm.runtime.vm.VirtualMachine(module, device)
     except (RuntimeError, OSError, AttributeError) as error:  # tvm raises all three
         reason = " ".join(str(error).split())[-200:]
         raise ArtifactError(

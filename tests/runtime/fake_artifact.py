@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 from pathlib import Path
 
 import fake_model
@@ -62,7 +63,8 @@ def write_manifest(directory: Path, **changes) -> None:
     chunks = [params[i : i + CHUNK_BYTES] for i in range(0, len(params), CHUNK_BYTES)]
     library = directory / "model.so"
     manifest = {
-        "format": 1, "model": "fake", "target": "generic", "cpu_flags": [],
+        "format": 2, "model": "fake", "target": "generic",
+        "device": "cpu", "machine": platform.machine(), "cpu_flags": [],
         "kv_bits": [16, 4, 3], "default_kv_bits": 3, "context_length": fake_model.CONTEXT,
         "library": {
             "file": library.name, "bytes": library.stat().st_size, "sha256": sha256(library)

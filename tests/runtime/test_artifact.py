@@ -9,6 +9,7 @@ import pytest
 from fake_artifact import CONFIG, write_manifest
 
 from runtime import Artifact, ArtifactError, Engine, RuntimeRefusal, host, tvm_runtime
+from runtime.device import Cpu, open_device
 
 
 def change(path, name, **values):
@@ -19,7 +20,8 @@ def change(path, name, **values):
 
 def refusal(path) -> str:
     with pytest.raises(ArtifactError) as caught:
-        Artifact.open(path).open_library()
+        opened = Artifact.open(path)
+        opened.open_library(open_device(opened.manifest))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -36,7 +38,7 @@ def test_opens(artifact):
 
 def test_parameters_are_not_copied(artifact):
     opened = Artifact.open(artifact)
-    for tensor, array in zip(opened.parameters(), opened.params.values(), strict=True):
+    for tensor, array in zip(opened.parameters(Cpu()), opened.params.values(), strict=True):
         assert tvm_runtime.view(tensor).ctypes.data == array.ctypes.data
         assert array.ctypes.data % 4096 == 0
 
@@ -58,10 +60,10 @@ def test_not_an_artifact(tmp_path):
     assert "it has no artifact.json, it holds model.safetensors" in message
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+@pytest.mark.parametrize("version", [None, 0, 1, "2"])
 def test_other_format(own_artifact, version):
     write_manifest(own_artifact, format=version)
-    assert f"format {version!r}, this runtime reads 1" in refusal(own_artifact)
+    assert f"format {version!r}, this runtime reads 2" in refusal(own_artifact)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udc80"], ids=["empty", "cut", "list", "binary"])
@@ -100,9 +102,14 @@ def test_no_wrong_value_gets_past_a_refusal(own_artifact, name):
                 Engine.load(own_artifact, threads=1, verify=False)
 
 
-def test_built_for_another_device(own_artifact):
-    write_manifest(own_artifact, record={"tvm_target": {"kind": "cuda"}})
-    assert "'cuda'; this runtime runs CPU artifacts" in refusal(own_artifact)
+def test_built_for_an_unknown_device(own_artifact):
+    write_manifest(own_artifact, device="abacus")
+    assert "the artifact is for 'abacus'; possible: cpu, cuda" in refusal(own_artifact)
+
+
+def test_built_for_another_machine(own_artifact):
+    write_manifest(own_artifact, machine="vax", target="vax-780")
+    assert "target 'vax-780' is for vax hosts, this one is" in refusal(own_artifact)
 
 
 def test_missing_cpu_flag(own_artifact, monkeypatch):

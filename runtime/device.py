@@ -1,0 +1,155 @@
+"""Devices: where parameters, caches and a step's tensors lie, and how arrays get there and back.
+
+device | parameters           | a step's inputs               | its result
+cpu    | mapped, shared       | aligned copies                | a view
+cuda   | copied once, at load | written into the same tensors | copied back
+       |                      | at every call: a captured     |
+       |                      | graph knows their addresses   |
+"""
+
+import math
+import mmap
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtime import host, tvm_runtime
+from runtime.errors import ArtifactError, RuntimeRefusal
+
+PAGE_BYTES = 4096
+Wanted = Sequence[tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of each tensor
+
+
+class Device(Protocol):
+    handle: Any  # TVM's device
+
+    def require(self, parts: dict[str, int]) -> None:
+        """Refuse what does not fit, with the bytes of each part."""
+
+    def place(self, arrays: Iterable[np.ndarray]) -> list[Any]:
+        """Parameters, as tensors that stay."""
+
+    def zeros(self, wanted: Wanted) -> list[Any]:
+        """Zeroed tensors that stay."""
+
+    def inputs(self, step: str, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """Tensors with these values for one call of `step`."""
+
+    def fetch(self, tensor: Any) -> np.ndarray:
+        """A tensor's values, valid until the next step."""
+
+    def end_prompt(self) -> None:
+        """Called when the row count is about to change for good."""
+
+
+class Cpu:
+    def __init__(self) -> None:
+        self.handle = tvm_runtime.load().cpu()
+
+    def require(self, parts: dict[str, int]) -> None:
+        """The system grants pages as they are written; `zeros` refuses what it will not map."""
+
+    def place(self, arrays: Iterable[np.ndarray]) -> list[Any]:
+        return [tvm_runtime.share(array) for array in arrays]
+
+    def zeros(self, wanted: Wanted) -> list[Any]:
+        """In one anonymous mapping, each tensor on a page of its own."""
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in wanted]
+        padded = [-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes]
+        try:
+            memory = mmap.mmap(-1, sum(padded), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError, ValueError) as error:
+            raise RuntimeRefusal(
+                f"KV cache: asked for {sum(padded)} bytes, the system says: {error}; possible: "
+                "fewer slots, a shorter context, fewer kv-bits"
+            ) from error
+        tensors, offset = [], 0
+        for (dtype, shape), size, room in zip(wanted, sizes, padded, strict=True):
+            flat = np.frombuffer(memory, dtype, size // dtype.itemsize, offset)
+            tensors.append(tvm_runtime.share(flat.reshape(shape)))
+            offset += room
+        return tensors
+
+    def inputs(self, step: str, arrays: Sequence[np.ndarray]) -> list[Any]:
+        return [tvm_runtime.copy(array) for array in arrays]
+
+    def fetch(self, tensor: Any) -> np.ndarray:
+        return tvm_runtime.view(tensor)
+
+    def end_prompt(self) -> None:
+        tvm_runtime.free_unused_memory()
+
+
+class Cuda:
+    """The first GPU. Refuses where there is none, or none that the library was built for."""
+
+    def __init__(self, archs: Sequence[str]) -> None:
+        self.handle = tvm_runtime.load().cuda(0)
+        if not self.handle.exist:
+            raise ArtifactError(
+                "device: the artifact is for CUDA; found no GPU or no driver on this "
+                f"{host.machine()} host; possible: a host where nvidia-smi lists a GPU, or a "
+                "build with --target native"
+            )
+        capability = str(self.handle.compute_version)
+        if not any(runs_on(arch, capability, arch == archs[-1]) for arch in archs):
+            raise ArtifactError(
+                f"device: the library was built for {', '.join(archs)}; found a GPU of compute "
+                f"capability {capability}; possible: build with --target cuda on this host"
+            )
+        self._inputs: dict[tuple, list[Any]] = {}
+
+    def require(self, parts: dict[str, int]) -> None:
+        free, total = self.handle.available_global_memory, sum(parts.values())
+        if free is not None and total > free:
+            needs = ", ".join(f"{name} {host.show_bytes(size)}" for name, size in parts.items())
+            raise RuntimeRefusal(
+                f"GPU memory: {host.show_bytes(total)} needed ({needs}), "
+                f"{host.show_bytes(free)} free; possible: fewer slots, a shorter context, fewer "
+                "kv-bits"
+            )
+
+    def place(self, arrays: Iterable[np.ndarray]) -> list[Any]:
+        tensor = tvm_runtime.load().runtime.tensor
+        return [tensor(array, self.handle) for array in arrays]
+
+    def zeros(self, wanted: Wanted) -> list[Any]:
+        return self.place(np.zeros(shape, dtype) for dtype, shape in wanted)
+
+    def inputs(self, step: str, arrays: Sequence[np.ndarray]) -> list[Any]:
+        key = (step, *(len(array) for array in arrays))
+        if key not in self._inputs:
+            self._inputs[key] = self.place(arrays)
+        else:
+            for tensor, array in zip(self._inputs[key], arrays, strict=True):
+                tensor.copyfrom(array)
+        return self._inputs[key]
+
+    def fetch(self, tensor: Any) -> np.ndarray:
+        return tensor.numpy()
+
+    def end_prompt(self) -> None:
+        """What the pool holds is of constant size (compiler/passes/bound_rows.py) and stays."""
+
+
+def runs_on(arch: str, capability: str, has_ptx: bool) -> bool:
+    """Whether code for `sm_90` runs on a GPU of compute capability `9.0`.
+
+    Machine code serves later minor versions, PTX all later ones, a letter (sm_90a) that chip only.
+    """
+    digits = arch.removeprefix("sm_")
+    found = tuple(map(int, capability.split(".")))
+    if not digits.isdigit():
+        return (int(digits[:-2]), int(digits[-2])) == found
+    built = (int(digits[:-1]), int(digits[-1]))
+    return (built[0] == found[0] and built <= found) or (has_ptx and built <= found)
+
+
+def open_device(manifest: dict[str, Any]) -> Device:
+    """The device that an artifact was built for."""
+    if manifest["device"] == "cpu":
+        return Cpu()
+    if manifest["device"] == "cuda":
+        return Cuda(manifest.get("archs") or ["unknown"])
+    raise ArtifactError(f"device: the artifact is for {manifest['device']!r}; possible: cpu, cuda")

@@ -1,0 +1,96 @@
+"""Devices: which GPU runs a library, and refusals that tell what was needed and what was found."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from runtime import ArtifactError, RuntimeRefusal, tvm_runtime
+from runtime.device import Cpu, Cuda, runs_on
+
+GIB = 2**30
+
+
+class FakeGpu(SimpleNamespace):
+    """What runtime/device.py asks of TVM's device, without a driver."""
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """fake_gpu(...) makes the first GPU one of these properties, its tensors numpy's."""
+
+    def install(exist=True, compute_version="9.0", free=80 * GIB):
+        gpu = FakeGpu(exist=exist, compute_version=compute_version, available_global_memory=free)
+        runtime = SimpleNamespace(tensor=lambda array, device: FakeTensor(array))
+        fake = SimpleNamespace(cuda=lambda index: gpu, runtime=runtime)
+        monkeypatch.setattr(tvm_runtime, "load", lambda: fake)
+
+    return install
+
+
+class FakeTensor:
+    def __init__(self, array):
+        self.array = array.copy()
+
+    def copyfrom(self, array):
+        self.array[...] = array
+
+    def numpy(self):
+        return self.array.copy()
+
+
+@pytest.mark.parametrize(
+    "arch, capability, has_ptx, expected",
+    [
+        ("sm_90a", "9.0", False, True),
+        ("sm_90a", "10.0", True, False),
+        ("sm_80", "8.6", False, True),
+        ("sm_86", "8.0", False, False),
+        ("sm_80", "9.0", False, False),
+        ("sm_80", "9.0", True, True),
+        ("sm_100", "10.0", False, True),
+        ("sm_100", "9.0", True, False),
+    ],
+)
+def test_runs_on(arch, capability, has_ptx, expected):
+    assert runs_on(arch, capability, has_ptx) == expected
+
+
+def test_no_gpu(fake_gpu):
+    fake_gpu(exist=False)
+    with pytest.raises(ArtifactError, match=r"found no GPU or no driver .*--target native"):
+        Cuda(["sm_90a"])
+
+
+def test_gpu_of_another_arch(fake_gpu):
+    fake_gpu(compute_version="8.0")
+    with pytest.raises(ArtifactError, match=r"built for sm_86, sm_90a; .*capability 8\.0"):
+        Cuda(["sm_86", "sm_90a"])
+
+
+def test_too_little_memory_is_told_by_part(fake_gpu):
+    fake_gpu(free=GIB)
+    gpu = Cuda(["sm_90a"])
+    gpu.require({"weights": GIB // 2, "KV cache": GIB // 4})
+    with pytest.raises(
+        RuntimeRefusal,
+        match=r"1\.61 GB needed \(weights 1\.07 GB, KV cache 537 MB\), 1\.07 GB free",
+    ):
+        gpu.require({"weights": GIB, "KV cache": GIB // 2})
+
+
+def test_inputs_keep_their_tensors(fake_gpu):
+    """A captured graph reads the addresses of its first call."""
+    fake_gpu()
+    gpu = Cuda(["sm_90a"])
+    first = gpu.inputs("decode", [np.array([1, 2]), np.array([0, 1])])
+    again = gpu.inputs("decode", [np.array([3, 4]), np.array([5, 6])])
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True]
+    assert [tensor.numpy().tolist() for tensor in again] == [[3, 4], [5, 6]]
+    assert gpu.inputs("decode", [np.array([1]), np.array([1])])[0] is not first[0]
+    assert gpu.inputs("prefill", [np.array([1, 2]), np.array([0, 1])])[0] is not first[0]
+
+
+def test_cpu_refuses_more_than_the_system_maps():
+    with pytest.raises(RuntimeRefusal, match="possible: fewer slots"):
+        Cpu().zeros([(np.dtype(np.uint8), (1 << 60,))])
