@@ -24,16 +24,19 @@ def build(config: BuildConfig, progress: BuildProgress | None = None) -> Path:
     # Imported as they are needed: all take 8 s, but a wrong target is known after 3.
     from schedules import targets
 
+    progress = progress or BuildProgress()
     try:
         target = targets.find(config.target)
     except ValueError as error:
         raise BuildError(str(error)) from error
+    if config.target == "cuda":
+        progress.say(f"target cuda: {targets.why_cuda(target)}")
 
-    from compiler.toolchain import find_linker
+    from compiler import toolchain
     from model import checkpoint
 
-    linker = find_linker(target)
-
+    linker = toolchain.find_linker(target)
+    toolchain.require_device_compiler(target)
     source = checkpoint.find(config.model)
     weights = checkpoint.IntegerWeights(source)
 
@@ -46,7 +49,7 @@ def build(config: BuildConfig, progress: BuildProgress | None = None) -> Path:
     default = Path("dist") / f"{artifact_name(weights.config)}-{target.name}"
     destination = config.output or default
     with replacing(destination) as directory:
-        assemble(directory, weights, target, linker, config.debug_dump, progress or BuildProgress())
+        assemble(directory, weights, target, linker, config.debug_dump, progress)
     return destination
 
 
@@ -76,7 +79,8 @@ def parse(argv: list[str] | None) -> BuildConfig:
         "--target",
         default="native",
         metavar="TARGET",
-        help="a row of schedules/targets.py, or native, the best one for this CPU (the default)",
+        help="a row of schedules/targets.py; native, the best one for this CPU (the default); or "
+        "cuda, the one for the GPU that is here, for all archs where none is",
     )
     parser.add_argument(
         "-o",

@@ -13,6 +13,6 @@ class BuildError(ValueError):
 @dataclass(frozen=True)
 class BuildConfig:
     model: str = DEFAULT_MODEL  # a shipped model's name, or a checkpoint directory
-    target: str = "native"  # a row of schedules/targets.py, or native
+    target: str = "native"  # a row of schedules/targets.py, native, or cuda
     output: Path | None = None  # default: dist/<model>-<target>
     debug_dump: Path | None = None  # where the IR between phases is written

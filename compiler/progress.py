@@ -31,6 +31,13 @@ class BuildProgress:
         yield
         self._progress.update(self._task, completed=done + self._seconds)
 
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if self._progress is not None:
+            self._progress.console.print(line, highlight=False)
+        else:
+            print(line, file=sys.stderr)
+
     def advance(self, share: float) -> None:
         if self._progress is not None:
             self._progress.advance(self._task, share * self._seconds)

@@ -41,6 +41,12 @@ def find_cross_linker(target: str, machine: str) -> str:
     )
 
 
+def require_device_compiler(target: TargetSpec) -> None:
+    """Refuses before the long phases what `device_compiler` could not do after them."""
+    if isinstance(target, GpuTarget):
+        find_nvcc(target)
+
+
 def device_compiler(target: TargetSpec) -> AbstractContextManager[None]:
     """What TVM compiles device code with, for as long as the block runs."""
     if isinstance(target, GpuTarget):

@@ -252,6 +252,15 @@ def detect_gpu(capability: tuple[int, int] | None) -> TargetSpec:
     return TARGETS[name]
 
 
+def why_cuda(found: TargetSpec) -> str:
+    """What `cuda` turned out to mean here, in words."""
+    needs = found.needs()["archs"]
+    assert isinstance(needs, list)
+    here = compute_capability()
+    gpu = "no GPU here" if here is None else f"a GPU of compute capability {here[0]}.{here[1]} here"
+    return f"{gpu}, building {found.name} for {', '.join(needs)}"
+
+
 def find(name: str) -> TargetSpec:
     """The row called `name`; 'native' is the best one for this CPU, 'cuda' the one for this GPU."""
     if name == "native":

@@ -26,27 +26,22 @@ def capture_decode(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRMod
     changed = mod.clone()
     names = [gv.name_hint for gv, func in mod.functions_items() if isinstance(func, relax.Function)]
     for entry, name in enumerate(sorted(name for name in names if name.startswith(CAPTURED))):
-        step = f"{name}_step"
-        func = mod[name]
-        changed[step] = func.with_attr("global_symbol", step)
-        changed[name] = replay(func, changed.get_global_var(step), name, entry)
+        func, step = mod[name], tvm.ir.GlobalVar(f"{name}_step")
+        relax.expr._update_type(step, func.ty)
+        own_symbols = relax.utils.copy_with_new_vars(func)
+        changed[step] = own_symbols.with_attr("global_symbol", step.name_hint)
+        changed[name] = replay(func, step, name, entry)
     return changed
 
 
 def replay(func: relax.Function, step: tvm.ir.GlobalVar, name: str, entry: int) -> relax.Function:
     """The function of `func`'s signature that captures `step` under `entry` and replays it."""
-    params = [relax.Var(param.name_hint, param.ty) for param in func.params]
+    params = [relax.Var(param.name, param.ty) for param in func.params]
     builder = relax.BlockBuilder()
-    with builder.function(name, params, attrs=dict(func.attrs), private=False):
-        graph = relax.op.call_builtin_with_ctx(
-            RUN_OR_CAPTURE,
-            [
-                step,
-                relax.Tuple(params),
-                relax.prim_value(entry),
-                relax.ShapeExpr([params[0].ty.shape[0]]),
-            ],
-            ty_args=func.ret_ty,
-        )
-        builder.emit_func_output(builder.emit(graph))
+    with builder.function(name, params, attrs=dict(func.attrs), pure=False):
+        inputs = builder.emit(relax.Tuple(params))
+        rows = relax.ShapeExpr([params[0].ty.shape[0]])
+        arguments = relax.Tuple([step, inputs, relax.prim_value(entry), rows])
+        call = relax.op.call_builtin_with_ctx(RUN_OR_CAPTURE, arguments, ty_args=func.ret_ty)
+        builder.emit_func_output(builder.emit(call))
     return builder.get()[name]

@@ -1,0 +1,59 @@
+"""CaptureDecode and BoundRows: what they make of a GPU's steps; a CPU's stay as they are."""
+
+import pytest
+import tvm
+from tvm import relax
+
+from compiler.kernels import using
+from compiler.passes.bound_rows import MAX_ROWS, bound_rows
+from compiler.passes.capture_decode import RUN_OR_CAPTURE, capture_decode
+from schedules.targets import TARGETS
+
+MODULE = """
+m = TypeVar("m")
+@I.ir_module
+class Module:
+    @R.function
+    def decode_kv3(tokens: R.Tensor((m,), "int64"), caches: R.Tuple(R.Tensor((4,), "float32"))
+                   ) -> R.Tensor((m,), "int64"):
+        y = R.add(tokens, tokens)
+        return y
+    @R.function
+    def prefill_kv3(tokens: R.Tensor((m,), "int64")) -> R.Tensor((m,), "int64"):
+        y = R.add(tokens, tokens)
+        return y
+"""
+
+
+@pytest.fixture
+def module() -> tvm.IRModule:
+    return tvm.script.from_source(MODULE)
+
+
+def test_decode_replays_a_graph_of_its_step(module):
+    with using(TARGETS["cuda-sm90"]):
+        after = capture_decode(module)
+    names = sorted(gv.name_hint for gv in after.get_global_vars())
+    assert names == ["decode_kv3", "decode_kv3_step", "prefill_kv3"]
+    inputs, call = (binding.value for binding in after["decode_kv3"].body.blocks[0].bindings)
+    builtin, arguments = call.args
+    assert builtin.global_symbol == RUN_OR_CAPTURE
+    step, _, entry, key = arguments.fields
+    assert step.name_hint == "decode_kv3_step" and int(entry) == 0
+    assert len(inputs.fields) == 2
+    assert key.values[0].same_as(after["decode_kv3"].params[0].ty.shape[0])
+    relax.analysis.well_formed(after)  # raises if it is not
+    tvm.ir.assert_structural_equal(after["prefill_kv3"], module["prefill_kv3"])
+
+
+def test_rows_are_bounded(module):
+    with using(TARGETS["cuda-sm90"]):
+        after = bound_rows(module)
+    for _, func in after.functions_items():
+        assert int(func.attrs["tir_var_upper_bound"]["m"]) == MAX_ROWS
+
+
+@pytest.mark.parametrize("module_pass", [bound_rows, capture_decode])
+def test_cpu_is_left_alone(module, module_pass):
+    with using(TARGETS["generic"]):
+        tvm.ir.assert_structural_equal(module_pass(module), module)
