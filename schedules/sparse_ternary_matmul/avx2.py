@@ -8,10 +8,12 @@
                     walk(list, stripe)              any two columns make a pair
         else: tiled as ternary_matmul
 
-    tile         | value | bound by
-    MOST_ACTIVE  | 3/4   | reading on beats following the list, whose runs end after a share
-    BATCH_ACTIVE | 1/4   | a tiled row costs some 3 times less a column than a walked one
-    STRIPE       | 2     | a cache line of each column
+    tile       | value | bound by
+    most       | 3/4   | reading on beats following the list, whose runs end after a share
+    batch      | 1/4   | a tiled row costs some 3 times less a column than a walked one
+    stripe     | 2     | a cache line of each column
+    wide       | 4     | as ternary_matmul
+    l2_eighths | 4     | as ternary_matmul
 
 Measured: not yet.
 """
@@ -32,19 +34,34 @@ from schedules.ternary_matmul.columns_avx2 import (
     walk,
 )
 
-MOST_ACTIVE = 3, 4  # of K: from here on a row walks every column
-BATCH_ACTIVE = 1, 4  # of M K: from here on rows are tiled
-STRIPE = 2  # blocks
+KNOBS = {
+    "most_eighths": (6, 4, 8),  # of K: from here on a row walks every column
+    "batch_sixteenths": (4, 1, 8, 16),  # of M K: from here on rows are tiled
+    "stripe": (2, 1, 4),  # blocks
+    "wide": (4, 2, 1),  # rows that share unpacked codes
+    "l2_eighths": (4, 2, 8, 32),  # of the target's L2, for a tile of rows
+}
 
 
 def layout() -> str:
     return "columns_2bit"
 
 
-def kernel(n: int, k: int, target: CpuTarget) -> PrimFunc:
+def kernel(
+    n: int,
+    k: int,
+    target: CpuTarget,
+    *,
+    most_eighths: int = 6,
+    batch_sixteenths: int = 4,
+    stripe: int = 2,
+    wide: int = 4,
+    l2_eighths: int = 4,
+) -> PrimFunc:
     end = EPILOGUES["residual"]
     blocks = -(-n // BLOCK)
-    most = -(-k * MOST_ACTIVE[0] // MOST_ACTIVE[1])
+    most = -(-k * most_eighths // 8)
+    near_bytes = target.l2_bytes * l2_eighths // 8
     rows = Var("M", "int64")
 
     @T.prim_func(s_tir=True)
@@ -69,18 +86,18 @@ def kernel(n: int, k: int, target: CpuTarget) -> PrimFunc:
             for task in T.parallel(tasks):
                 first = threads.share(blocks, task, tasks)
                 share = threads.share(blocks, task + 1, tasks) - first
-                if height >= WIDE and active * BATCH_ACTIVE[1] >= rows * k * BATCH_ACTIVE[0]:
-                    tile_rows(output, q, w, height, first, share, k, target.l2_bytes)
+                if height >= WIDE and active * 16 >= rows * k * batch_sixteenths:
+                    tile_rows(output, q, w, height, first, share, k, wide, near_bytes)
                 else:
                     column = T.alloc_buffer((padded(k),), "int32")
                     qs = T.alloc_buffer((padded(k),), "int8")
                     total = T.alloc_buffer((1,), "int32", scope="local")
                     sum16 = T.alloc_buffer((blocks, BLOCK), "int16")
                     sum32 = T.alloc_buffer((blocks, BLOCK), "int32")
-                    stripe = T.if_then_else(height < WIDE, share, STRIPE)
-                    for s in T.serial(T.ceildiv(share, stripe)):
-                        b = T.meta_var(first + s * stripe)
-                        width = T.min(share - s * stripe, stripe)
+                    step = T.if_then_else(height < WIDE, share, stripe)
+                    for s in T.serial(T.ceildiv(share, step)):
+                        b = T.meta_var(first + s * step)
+                        width = T.min(share - s * step, step)
                         for m in T.serial(height):
                             listed = T.if_then_else(count[m] < most, count[m], k)
                             if count[m] < most:

@@ -2,6 +2,7 @@
 
 A table of the sums of two 4-bit activations has entries of a byte, so that one look-up does 64
 products; with 8-bit activations entries would take two bytes, and multiplying is as quick.
+The knob `lookup` = 0 multiplies 4-bit activations too: its weights are an eighth fewer bytes.
 """
 
 from tvm.tirx import PrimFunc
@@ -9,11 +10,28 @@ from tvm.tirx import PrimFunc
 from schedules.targets import CpuTarget
 from schedules.ternary_matmul import columns_avx2, lookup_avx2
 
-
-def layout(act_bits: int) -> str:
-    return "pair_nibble" if act_bits == 4 else "columns_2bit"
+KNOBS = {"lookup": (1, 0), **lookup_avx2.KNOBS}
 
 
-def kernel(n: int, k: int, act_bits: int, target: CpuTarget, epilogue: str) -> PrimFunc:
-    form = lookup_avx2 if act_bits == 4 else columns_avx2
-    return form.kernel(n, k, target, epilogue)
+def layout(act_bits: int, *, lookup: int = 1) -> str:
+    return "pair_nibble" if lookup and act_bits == 4 else "columns_2bit"
+
+
+def kernel(
+    n: int,
+    k: int,
+    act_bits: int,
+    target: CpuTarget,
+    epilogue: str,
+    *,
+    lookup: int = 1,
+    streams: int = 4,
+    wide: int = 4,
+    l2_eighths: int = 4,
+) -> PrimFunc:
+    if lookup and act_bits == 4:
+        tiles = {"streams": streams, "wide": wide, "l2_eighths": l2_eighths}
+        return lookup_avx2.kernel(n, k, target, epilogue, **tiles)
+    if streams != 4 or (act_bits == 8 and not lookup):
+        raise ValueError("ternary_matmul: multiplying has no such choice")
+    return columns_avx2.kernel(n, k, target, epilogue, wide=wide, l2_eighths=l2_eighths)

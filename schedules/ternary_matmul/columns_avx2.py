@@ -11,20 +11,20 @@ activations adds code * q of both; sum(q) is taken off at the end.
                     for b in share:                 sum16[share, 8, 16]: L1; 8 registers within
                         for pair in 4:
                             sum16 += multiply_add(codes(pair, b), q pair)
-        M >= 4: for m0 in M/TILE_M:                 tiled: a code serves four rows
+        M >= 4: for m0 in M/TILE_M:                 tiled: a code serves `wide` rows
             qs[TILE_M, K]                           half of L2
             for b in share:                         sum32[TILE_M, 128]
                 for drain in K/120:
                     codes[60, 8, 32]                L1, unpacked once for all rows of the tile
-                    for rows by 4, field in 4:      8 registers of sums
+                    for rows by wide, field in 4:   8 registers of sums
                         for pair in 60:
                             sums += multiply_add(codes[pair], q pair of the row)
 
     tile       | value       | bound by
     60 pairs   | 60 * 512    | int16: a pair adds at most 2 * 128 * 2
     4 pairs    | 8 columns   | runs of memory at once; loads of sum16 a pair
-    4 rows     | 2 x 4 sums  | 16 registers: 8 sums, 2 codes, 4 activations
-    TILE_M     | of l2_bytes | activations and sums of a tile of rows in half of L2
+    wide: 4    | 2 x 4 sums  | 16 registers: 8 sums, 2 codes, 4 activations
+    TILE_M     | of l2_bytes | activations and sums of a tile of rows in `l2_eighths` / 8 of L2
 
 Measured: not yet.
 """
@@ -40,7 +40,7 @@ BLOCK = 128  # outputs in a block of the layout
 FIELDS = 4
 GROUP = 4  # pairs of columns that a walk takes at once
 PAIRS_PER_DRAIN = 0x7FFF // (2 * 2 * 128) // GROUP * GROUP
-WIDE = 4  # rows that share unpacked codes
+WIDE = 4  # rows from which on they are tiled
 
 
 def padded(k: int) -> int:
@@ -141,18 +141,18 @@ def unpack_codes(unpacked, w, b, p0, pairs, k):
             avx2.store(unpacked, p, v, 0, value=code, lanes=32)
 
 
-def tile_field(sum32, unpacked, qs, r, f, p0, pairs):
-    """sum32[r : r + 4, 32 f : 32 f + 32] += field f of the unpacked pairs"""
-    sum16 = T.alloc_buffer((2 * WIDE, 16), "int16", scope="local")
-    avx2.clear(sum16, 2 * WIDE, "int16", 16)
+def tile_field(sum32, unpacked, qs, r, f, p0, pairs, wide):
+    """sum32[r : r + wide, 32 f : 32 f + 32] += field f of the unpacked pairs"""
+    sum16 = T.alloc_buffer((2 * wide, 16), "int16", scope="local")
+    avx2.clear(sum16, 2 * wide, "int16", 16)
     with T.serial(pairs) as p:
         halves = [T.Bind(avx2.load(unpacked, p, 2 * f + c, 0, lanes=32)) for c in (0, 1)]
-        for t in range(WIDE):
+        for t in range(wide):
             pair = T.Bind(activation_pair(qs, r + t, 2 * (p0 + p)))
             for c in (0, 1):
                 product = avx2.multiply_add_bytes(halves[c], pair)
                 avx2.add(sum16, 2 * t + c, 0, value=product, lanes=16)
-    for t in range(WIDE):
+    for t in range(wide):
         low, high = (avx2.load(sum16, 2 * t + c, 0, lanes=16) for c in (0, 1))
         drain(sum32, r + t, 32 * f, low, high)
 
@@ -168,7 +168,7 @@ def copy_rows(qs, totals, q, m, rows, height, k):
             T.buffer_store(totals, totals[r] + T.cast(q[m + r, i], "int32"), [r])
 
 
-def tile_block(output, w, qs, totals, unpacked, sum32, m, b, rows, height, k):
+def tile_block(output, w, qs, totals, unpacked, sum32, m, b, rows, height, k, wide):
     """All outputs of block b and of `height` rows from m on, of which `rows` exist"""
     pairs = -(-k // 2)
     clear_rows(sum32, height, BLOCK, "int32", 8)
@@ -176,9 +176,9 @@ def tile_block(output, w, qs, totals, unpacked, sum32, m, b, rows, height, k):
         p0 = d * PAIRS_PER_DRAIN
         some = T.Bind(T.min(PAIRS_PER_DRAIN, pairs - p0))
         unpack_codes(unpacked, w, b, p0, some, k)
-        with T.serial(height // WIDE) as r:
+        with T.serial(height // wide) as r:
             with T.serial(FIELDS) as f:
-                tile_field(sum32, unpacked, qs, WIDE * r, f, p0, some)
+                tile_field(sum32, unpacked, qs, wide * r, f, p0, some, wide)
     with T.serial(rows) as r:
 
         def sums(j, lanes):
@@ -187,9 +187,10 @@ def tile_block(output, w, qs, totals, unpacked, sum32, m, b, rows, height, k):
         output.store(m + r, b, BLOCK, sums)
 
 
-def tile_rows(output, q, w, rows, first, blocks, k, l2_bytes):
-    """All rows of q, tile by tile, for `blocks` blocks from `first` on"""
-    tile_m = max(WIDE, l2_bytes // 2 // (padded(k) + 4 * BLOCK) // WIDE * WIDE)
+def tile_rows(output, q, w, rows, first, blocks, k, wide, near_bytes):
+    """All rows of q, tile by tile, for `blocks` blocks from `first` on; a tile of rows takes
+    `near_bytes` at most"""
+    tile_m = max(wide, near_bytes // (padded(k) + 4 * BLOCK) // wide * wide)
     qs = T.alloc_buffer((tile_m, padded(k)), "int8")
     totals = T.alloc_buffer((tile_m,), "int32")
     unpacked = T.alloc_buffer((PAIRS_PER_DRAIN, 2 * FIELDS, 32), "uint8")
@@ -197,15 +198,18 @@ def tile_rows(output, q, w, rows, first, blocks, k, l2_bytes):
     with T.serial(T.ceildiv(rows, tile_m)) as m0:
         m = m0 * tile_m
         here = T.Bind(T.min(rows - m, tile_m))
-        height = T.Bind(T.ceildiv(here, WIDE) * WIDE)
+        height = T.Bind(T.ceildiv(here, wide) * wide)
         copy_rows(qs, totals, q, m, here, height, k)
         with T.serial(blocks) as b:
-            tile_block(output, w, qs, totals, unpacked, sum32, m, first + b, here, height, k)
+            tile_block(output, w, qs, totals, unpacked, sum32, m, first + b, here, height, k, wide)
 
 
-def kernel(n: int, k: int, target: CpuTarget, epilogue: str) -> PrimFunc:
+def kernel(
+    n: int, k: int, target: CpuTarget, epilogue: str, *, wide: int = 4, l2_eighths: int = 4
+) -> PrimFunc:
     end = EPILOGUES[epilogue]
     blocks = -(-n // BLOCK)
+    near_bytes = target.l2_bytes * l2_eighths // 8
     rows = Var("M", "int64")
 
     @T.prim_func(s_tir=True)
@@ -226,7 +230,7 @@ def kernel(n: int, k: int, target: CpuTarget, epilogue: str) -> PrimFunc:
                 first = threads.share(blocks, task, tasks)
                 share = threads.share(blocks, task + 1, tasks) - first
                 if height >= WIDE:
-                    tile_rows(output, q, w, height, first, share, k, target.l2_bytes)
+                    tile_rows(output, q, w, height, first, share, k, wide, near_bytes)
                 else:
                     column = T.alloc_buffer((padded(k),), "int32")
                     qs = T.alloc_buffer((padded(k),), "int8")

@@ -6,9 +6,9 @@ bytes; `vpshufb` looks 32 outputs' sums up at once, and seven of them fit a byte
     for thread in threads:                              parallel, a share of the blocks each
         for m0 in M/TILE_M:
             table[TILE_M, P, 16]                        L2, each thread its own
-            for b0 in blocks of the share, by four:     164 KB of weights at K = 2560, L2
-                tile(1 block, 4 rows)                   whole tiles of rows: a nibble serves four
-                tile(4 blocks, 1 row)                   rows left: four streams of cold weights
+            for b0 in blocks of the share, by streams:  164 KB of weights at K = 2560, L2
+                tile(1 block, wide rows)                whole tiles of rows: a nibble serves them
+                tile(streams blocks, 1 row)             rows left: several streams of cold weights
 
     tile(S, R): out[R, 64 S]
         for drain in P/(7*292):                         sum32: L1
@@ -17,7 +17,9 @@ bytes; `vpshufb` looks 32 outputs' sums up at once, and seven of them fit a byte
 
     tile      | value          | bound by
     S * R     | 4              | 16 registers: 8 of sums, 2 of nibbles, mask, table
-    TILE_M    | of l2_bytes    | tables of a tile of rows in half of L2
+    streams,  | 4, 4           | S and R of the two tiles: fewer leave registers idle, more spill
+    wide      |                |
+    TILE_M    | of l2_bytes    | tables of a tile of rows in `l2_eighths` / 8 of L2
     7 pairs   | 7 * 32 = 224   | uint8
     292       | 292 * 224      | uint16
 
@@ -36,7 +38,9 @@ from schedules.layouts import PAIR_GROUP, num_pairs
 from schedules.targets import CpuTarget
 
 BLOCK = 64  # rows of weights in a block of the layout
-WIDE = 4  # rows of activations, or blocks of weights, that a tile takes at once
+# streams: blocks of weights a tile takes at once; wide: rows of activations; l2_eighths: of the
+# target's L2, for tables
+KNOBS = {"streams": (4, 2, 1), "wide": (4, 2, 1), "l2_eighths": (4, 2, 8, 32)}
 BIAS = 16
 GROUPS_PER_DRAIN = 0xFFFF // (PAIR_GROUP * 2 * BIAS)
 FIRST = [i // 3 - 1 if i < 9 else 0 for i in range(16)]  # weight of a pair's first activation
@@ -126,10 +130,19 @@ def tile(output, w, table, m0, b, r, blocks, rows):
         output.store(m0 + r + i % rows, b + i // rows, BLOCK, sums)
 
 
-def kernel(n: int, k: int, target: CpuTarget, epilogue: str) -> PrimFunc:
+def kernel(
+    n: int,
+    k: int,
+    target: CpuTarget,
+    epilogue: str,
+    *,
+    streams: int = 4,
+    wide: int = 4,
+    l2_eighths: int = 4,
+) -> PrimFunc:
     end = EPILOGUES[epilogue]
     blocks, pairs = -(-n // BLOCK), num_pairs(k)
-    tile_m = max(WIDE, target.l2_bytes // 2 // (16 * pairs) // WIDE * WIDE)
+    tile_m = max(wide, target.l2_bytes * l2_eighths // 8 // (16 * pairs) // wide * wide)
     rows = Var("M", "int64")
 
     @T.prim_func(s_tir=True)
@@ -147,7 +160,7 @@ def kernel(n: int, k: int, target: CpuTarget, epilogue: str) -> PrimFunc:
             tasks = T.min(threads.count(), blocks)
             for task in T.parallel(tasks):
                 table = T.alloc_buffer((tile_m, pairs, 16), "uint8")
-                live = T.alloc_buffer((WIDE,), "int32", scope="local")
+                live = T.alloc_buffer((streams,), "int32", scope="local")
                 first = threads.share(blocks, task, tasks)
                 last = threads.share(blocks, task + 1, tasks)
                 for m0 in T.serial(T.ceildiv(rows, tile_m)):
@@ -155,20 +168,20 @@ def kernel(n: int, k: int, target: CpuTarget, epilogue: str) -> PrimFunc:
                     height = T.min(T.cast(rows, "int32") - m, tile_m)
                     for r in T.serial(height):
                         fill_table(table, r, q, m + r, k)
-                    for b0 in T.serial(T.ceildiv(last - first, WIDE)):
-                        b = T.meta_var(first + WIDE * b0)
-                        width = T.min(last - b, WIDE)
-                        for r in T.serial(height // WIDE):
+                    for b0 in T.serial(T.ceildiv(last - first, streams)):
+                        b = T.meta_var(first + streams * b0)
+                        width = T.min(last - b, streams)
+                        for r in T.serial(height // wide):
                             for s in T.serial(width):
-                                tile(output, w, table, m, b + s, WIDE * r, 1, WIDE)
-                        for r0 in T.serial(height % WIDE):
-                            r = T.meta_var(height // WIDE * WIDE + r0)
+                                tile(output, w, table, m, b + s, wide * r, 1, wide)
+                        for r0 in T.serial(height % wide):
+                            r = T.meta_var(height // wide * wide + r0)
                             num_live = T.int32(0)
                             for s in T.serial(width):
                                 output.mark_live(live, s, m + r, b + s, BLOCK)
                                 num_live += live[s]
-                            if num_live == WIDE:
-                                tile(output, w, table, m, b, r, WIDE, 1)
+                            if num_live == streams:
+                                tile(output, w, table, m, b, r, streams, 1)
                             else:
                                 for s in T.serial(width):
                                     if live[s] != 0:

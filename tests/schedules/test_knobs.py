@@ -1,0 +1,114 @@
+"""Every value of every knob at least once, several at a time: the bits of the reference."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from compiler.kernels import Choice, Schedule, families_of, knobs_of
+from schedules.layouts import LAYOUTS
+from schedules.targets import TARGETS, CpuTarget
+from tests.schedules.compiled import compiled
+from tests.schedules.matmul_reference import activations, exact_sum, ones, weights
+
+ROWS = (1, 2, 5, 33)
+N, K = 330, 2563  # no multiple of any tile; rows enough for several tiles of any share of L2
+
+
+@dataclass(frozen=True)
+class Case:
+    folder: str
+    layout_args: tuple | None  # None: weights are not packed
+    kernel_args: tuple = ()
+    kernel_end: tuple = ()
+    act_bits: int = 8
+    sparse: bool = False
+
+    def build(self, choice: Choice, target: CpuTarget):
+        schedule = Schedule(self.folder, choice)
+        return schedule.kernel(N, K, *self.kernel_args, target, *self.kernel_end)
+
+
+CASES = (
+    Case("ternary_matmul", (4,), (4,), ("glu",), act_bits=4),  # all forms and the skipping of gates
+    Case("sparse_ternary_matmul", (), sparse=True),
+    Case("int8_matmul", None),
+)
+
+
+def families() -> list:
+    """(case, target, family) of every family that has knobs, for the first target of it."""
+    found = {}
+    for case in CASES:
+        for target in TARGETS.values():
+            for family in families_of(case.folder, target.families):
+                if isinstance(target, CpuTarget) and knobs_of(case.folder, family):
+                    found.setdefault((case, family), target)
+    return [
+        pytest.param(
+            case,
+            target,
+            family,
+            id="-".join((case.folder, *case.kernel_end, str(case.act_bits), family)),
+            marks=pytest.mark.skipif(not target.runs_here(), reason=f"needs {target.cpu_flags}"),
+        )
+        for (case, family), target in found.items()
+    ]
+
+
+def covering(case: Case, target: CpuTarget, family: str) -> Iterator[tuple[Choice, object]]:
+    """Choices and kernels in which each value appears that a kernel of this form can have."""
+    knobs = knobs_of(case.folder, family)
+    default = {name: values[0] for name, values in knobs.items()}
+    left = {name: list(values) for name, values in knobs.items()}
+    while any(left.values()):
+        new = {name: values.pop(0) for name, values in left.items() if values}
+        for change in (new, *({name: value} for name, value in new.items())):
+            choice = Choice(family, tuple((default | change).items()))
+            try:
+                yield choice, case.build(choice, target)
+            except ValueError as refusal:  # together or alone: no candidate
+                assert case.folder in str(refusal)
+                continue
+            if change is new:
+                break
+
+
+def density(case: Case, m: int) -> float:
+    """Of the columns that are active: on both sides of the thresholds between the forms."""
+    return {1: 0.1, 2: 0.9, 5: 0.6, 33: 0.05}[m] if case.sparse else 1.0
+
+
+@pytest.mark.parametrize("case, target, family", families())
+def test_same_bits(case, target, family):
+    kernels = list(covering(case, target, family))
+    assert len(kernels) > 1
+    for choice, kernel in kernels:
+        check(case, choice, compiled(kernel, target))
+
+
+def check(case, choice, call):
+    w = weights("random", N, K) if case.layout_args is not None else activations("random", N, K, 8)
+    packed = w
+    if case.layout_args is not None:
+        layout = Schedule(case.folder, choice).layout(*case.layout_args)
+        packed = LAYOUTS[layout].pack(w)
+    for m in ROWS:
+        q = activations("random", m, K, case.act_bits, m)
+        q[:, np.random.default_rng(m).random(K) >= density(case, m)] = 0
+        scale, w_scale = ones(m, N)
+        before, after, expected = [q, scale], [], exact_sum(q, w)
+        if case.sparse:
+            index = np.argsort(q == 0, axis=1, kind="stable").astype(np.int32)
+            before += [index, (q != 0).sum(1).astype(np.int32)]
+            after = [np.full((m, N), 3, np.float32)]
+            expected = expected + np.float32(3)
+        if case.kernel_end == ("glu",):
+            gate = np.random.default_rng(m).integers(-2, 3, (m, N)).astype(np.float32)
+            gate[:, :128] = -1  # blocks without a live output
+            after = [gate]
+            expected = np.maximum(gate, 0) ** 2 * expected
+        out = np.full((m, N), np.nan, np.float32)
+        found = call(*before, packed, w_scale, *after, out)[-1]
+        np.testing.assert_array_equal(found, expected, err_msg=str(choice))
