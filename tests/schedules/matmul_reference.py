@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 from functools import lru_cache
 
 import numpy as np
@@ -10,9 +9,6 @@ import numpy as np
 from schedules.layouts import LAYOUTS
 from schedules.targets import CpuTarget
 from tests.schedules.compiled import compiled
-
-# Uneven shares of the blocks, whatever the host has; read when the first parallel loop starts.
-os.environ.setdefault("TVM_NUM_THREADS", "3")
 
 ROWS = (0, 1, 2, 5, 33, 128)
 # Odd ones, tails of every unit of the kernels, sizes of models, the first K past 16-bit sums.

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from schedules.targets import TARGETS
 from tests.schedules import kv_reference
-from tests.schedules.compiled import EVERY_TARGET, compiled
+from tests.schedules.compiled import compiled, every_target
 from tests.schedules.matmul_reference import module
 from tests.schedules.test_rms_norm import int8
+
+EVERY_TARGET = pytest.mark.parametrize("target", every_target("attention"))
 
 F32, F64 = np.float32, np.float64
 SLOTS = 5
@@ -94,7 +96,7 @@ def check(shape, kv_bits, target, cache, slots, positions, rng, size=1.0, qkv=No
     np.testing.assert_array_equal(inputs[1], codes)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @KV_BITS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_definition(shape, kv_bits, target):
@@ -109,7 +111,7 @@ def test_matches_definition(shape, kv_bits, target):
         check(shape, kv_bits, target, cache, np.arange(SLOTS)[::-1].copy(), positions, rng)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @given(
     runs=st.lists(
         st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 60), st.integers(1, 20)),
@@ -134,7 +136,7 @@ def kept_cache():
     return filled(SHAPES[0], 3, 130, np.random.default_rng(3))
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @KV_BITS
 def test_long_context(kv_bits, target):
     rng = np.random.default_rng(4)
@@ -144,7 +146,7 @@ def test_long_context(kv_bits, target):
     check(shape, kv_bits, target, cache, [4] * 5, np.arange(4090, 4095), rng)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 def test_sharp_and_flat_scores(target):
     """Scores of hundreds, where all but one weight vanish, and of zero, where all are equal."""
     rng = np.random.default_rng(5)
@@ -153,7 +155,7 @@ def test_sharp_and_flat_scores(target):
     check(SHAPES[0], 4, target, cache, [0] * 9, np.arange(80, 89), rng, size=0.0)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize("kv_bits", [4, 3])
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
 def test_largest_sums(kv_bits, signs, target):
@@ -172,7 +174,7 @@ def test_largest_sums(kv_bits, signs, target):
         check(shape, kv_bits, target, (codes, scales), slots[:m], last, rng, qkv=qkv[:m])
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize("kv_bits", [4, 3])
 def test_split_positions(kv_bits, target):
     """Few rows of several slots, whose shares of the blocks differ and may be empty."""
@@ -185,7 +187,7 @@ def test_split_positions(kv_bits, target):
         check(shape, kv_bits, target, cache, slots, positions, rng, size=30.0)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 def test_unwritten_positions_are_not_read(target):
     """NaN in every float16 beyond the row's position."""
     rng = np.random.default_rng(6)

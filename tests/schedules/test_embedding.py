@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 from schedules.embedding.generic import kernel
-from tests.schedules.compiled import EVERY_TARGET, ROWS, compiled
+from tests.schedules.compiled import ROWS, compiled, every_target
+
+EVERY_TARGET = pytest.mark.parametrize("target", every_target("embedding"))
 
 VOCAB = 300
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize("k", [8, 17, 100, 2560])
 def test_matches_definition(k, target):
     rng = np.random.default_rng(k)

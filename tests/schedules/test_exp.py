@@ -6,7 +6,9 @@ from tvm.script import tirx as T
 
 from schedules.intrin.exp import LOWEST, exp
 from schedules.intrin.vector import each, store
-from tests.schedules.compiled import EVERY_TARGET, compiled
+from tests.schedules.compiled import compiled, every_target
+
+EVERY_TARGET = pytest.mark.parametrize("target", every_target("attention"))
 
 COUNT = 1_000_003
 
@@ -17,7 +19,7 @@ def exp_of_each(x: T.Buffer((COUNT,), "float64"), y: T.Buffer((COUNT,), "float64
         each(COUNT, 8, lambda i, lane: store(y, (i,), exp(x[i])))
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize("lowest", [LOWEST, -20.0, -0.5, -1e-9])
 def test_relative_error(lowest, target):
     """The definition grants 1e-13; numpy's own error is one ulp, 2.2e-16."""
@@ -27,7 +29,7 @@ def test_relative_error(lowest, target):
     assert y[-1] == 1
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 def test_below_the_lowest(target):
     x = np.zeros(COUNT)
     x[:4] = [-np.inf, np.finfo(np.float64).min, 2 * LOWEST, LOWEST]

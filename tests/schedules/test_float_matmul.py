@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.schedules.compiled import EVERY_TARGET, compiled
+from tests.schedules.compiled import compiled, every_target
 from tests.schedules.matmul_reference import module
 
-pytestmark = pytest.mark.parametrize("target", EVERY_TARGET)
+pytestmark = pytest.mark.parametrize("target", every_target("float_matmul"))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 15, 17, 33, 64, 127, 512, 2563])

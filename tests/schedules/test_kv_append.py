@@ -13,7 +13,9 @@ from tvm import relax
 from schedules.kv_append.generic import kernel
 from schedules.targets import TARGETS
 from tests.schedules import kv_reference
-from tests.schedules.compiled import EVERY_TARGET, ROWS, compiled
+from tests.schedules.compiled import NATIVE_TARGETS, ROWS, compiled, every_target
+
+EVERY_TARGET = pytest.mark.parametrize("target", every_target("kv_append"))
 
 HEADS, KV_HEADS, SLOTS, CONTEXT = 4, 2, 3, 130
 F32 = np.float32
@@ -42,7 +44,7 @@ def check(dim, kv_bits, target, qkv, slots, positions):
         np.testing.assert_array_equal(f, e)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize("kv_bits", [16, 4, 3])
 @pytest.mark.parametrize("dim", [16, 40, 64, 128])
 def test_matches_definition(dim, kv_bits, target):
@@ -55,7 +57,7 @@ def test_matches_definition(dim, kv_bits, target):
             check(dim, kv_bits, target, qkv, *places(m, kind, rng))
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @given(
     qkv=arrays(
         F32, (2, (HEADS + 2 * KV_HEADS) * 16), elements=st.floats(-(2.0**99), 2.0**99, width=32)
@@ -68,7 +70,7 @@ def test_any_floats(target, qkv, kv_bits, position):
     check(16, kv_bits, target, qkv, np.array([2, 0]), np.array([position, 0]))
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 def test_half_floats_round_as_numpy_rounds(target):
     """Every float16, the float32 half-way to the next one, and its neighbours in float32."""
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(F32)
@@ -85,7 +87,7 @@ def test_half_floats_round_as_numpy_rounds(target):
         check(128, 16, target, qkv, np.zeros(m, np.int64), np.arange(m))
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("target", NATIVE_TARGETS)
 @pytest.mark.parametrize("kv_bits", [16, 4, 3])
 def test_in_place_in_a_relax_module(kv_bits, target):
     """As the compiler calls it: symbolic rows and cache, the caller's tensors updated."""

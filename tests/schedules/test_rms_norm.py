@@ -12,7 +12,9 @@ from tvm import relax
 
 from schedules.rms_norm.generic import kernel
 from schedules.targets import TARGETS
-from tests.schedules.compiled import EVERY_TARGET, ROWS, compiled
+from tests.schedules.compiled import NATIVE_TARGETS, ROWS, compiled, every_target
+
+EVERY_TARGET = pytest.mark.parametrize("target", every_target("rms_norm"))
 
 EPS = 1e-5
 F32 = np.float32
@@ -76,7 +78,7 @@ def check(quantizer, target, x, gain):
         np.testing.assert_array_equal(f, e)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize(
     "quantizer, k",
     [("int8", k) for k in COLUMNS] + [(q, k) for q in (None, "int4", "fp4") for k in (17, 2560)],
@@ -87,7 +89,7 @@ def test_matches_definition(quantizer, k, target):
         check(quantizer, target, rows(m, k, seed=m), gain)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize(
     "quantizer, values, codes",
     [
@@ -106,7 +108,7 @@ def test_ties_between_codes(quantizer, values, codes, target):
     assert q[0, : 2 * len(values)].tolist() == [*codes, *np.negative(codes)]
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @given(
     x=arrays(F32, (3, 100), elements=st.floats(-(2.0**99), 2.0**99, width=32)),
     quantizer=st.sampled_from([*REFERENCES]),
@@ -116,7 +118,7 @@ def test_any_floats(target, x, quantizer):
     check(quantizer, target, x, np.ones(100, F32))
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("target", NATIVE_TARGETS)
 def test_in_a_relax_module(target):
     """As the compiler calls it: one build for every number of rows."""
     rows_, k = tvm.tirx.Var("m", "int64"), 160

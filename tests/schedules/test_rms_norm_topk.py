@@ -10,8 +10,10 @@ from hypothesis.extra.numpy import arrays
 
 from schedules.rms_norm_topk.generic import kernel
 from schedules.targets import TARGETS
-from tests.schedules.compiled import EVERY_TARGET, ROWS, compiled
+from tests.schedules.compiled import ROWS, compiled, every_target
 from tests.schedules.test_rms_norm import EPS, F32, int8, norm, rows
+
+EVERY_TARGET = pytest.mark.parametrize("target", every_target("rms_norm_topk"))
 
 CASES = [(k, keep) for k in (8, 17, 100, 160) for keep in (1, k // 2, k - 1, k)]
 CASES += [(512, 256), (2560, 1280), (6912, 3456), (6912, 6912)]
@@ -45,7 +47,7 @@ def check(x, gain, keep, target, eps=EPS):
         np.testing.assert_array_equal(index[row, : count[row]], np.flatnonzero(expected_q[row]))
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize("k, keep", CASES)
 def test_matches_definition(k, keep, target):
     gain = np.random.default_rng(k).uniform(0.5, 2, k).astype(F32)
@@ -53,7 +55,7 @@ def test_matches_definition(k, keep, target):
         check(rows(m, k, seed=m), gain, keep, target)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize("keep", [1, 25, 50, 99])
 def test_ties_go_to_the_lower_index(keep, target):
     """Columns of one of a few magnitudes and either sign; of one; of zero but a few."""
@@ -64,14 +66,14 @@ def test_ties_go_to_the_lower_index(keep, target):
     check(np.concatenate([few, equal, sparse]), np.ones(100, F32), keep, target)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 def test_kept_columns_that_round_to_zero_are_not_listed(target):
     x = np.full((1, 100), 1e-4, F32)
     x[0, 3] = 1
     check(x, np.ones(100, F32), 50, target)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @given(
     x=arrays(F32, (3, 17), elements=st.floats(-(2.0**99), 2.0**99, width=32)),
     keep=st.sampled_from([1, 8, 16, 17]),
@@ -81,7 +83,7 @@ def test_any_floats(target, x, keep):
     check(x, np.ones(17, F32), keep, target)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 def test_nan_stays_in_its_row(target):
     """What a broken model computes is unspecified, but nothing beside it is touched."""
     x = rows(3, 100, seed=0)

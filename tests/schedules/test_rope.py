@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from schedules.rope.generic import kernel
-from tests.schedules.compiled import EVERY_TARGET, ROWS, compiled
+from tests.schedules.compiled import ROWS, compiled, every_target
 
+EVERY_TARGET = pytest.mark.parametrize("target", every_target("rope"))
 POSITIONS = 64
 
 
@@ -16,7 +17,7 @@ def rotated(x, cos, sin):
     return np.concatenate([low * c - high * s, high * c + low * s], -1).astype(np.float32)
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@EVERY_TARGET
 @pytest.mark.parametrize(
     "heads, kv_heads, dim", [(4, 2, 16), (4, 4, 64), (5, 1, 128), (2, 1, 40), (1, 1, 6)]
 )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.schedules.compiled import EVERY_TARGET
+from tests.schedules.compiled import every_target
 from tests.schedules.matmul_reference import (
     activations,
     exact_sum,
@@ -15,7 +15,7 @@ from tests.schedules.matmul_reference import (
     weights,
 )
 
-pytestmark = pytest.mark.parametrize("target", EVERY_TARGET)
+pytestmark = pytest.mark.parametrize("target", every_target("sparse_ternary_matmul"))
 POISON = 1 << 30  # an index that no kernel may follow
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tvm import relax
 
 from schedules.layouts import LAYOUTS
-from tests.schedules.compiled import EVERY_TARGET
+from tests.schedules.compiled import NATIVE_TARGETS, every_target
 from tests.schedules.matmul_reference import (
     KINDS,
     ROWS,
@@ -22,10 +22,11 @@ from tests.schedules.matmul_reference import (
     weights,
 )
 
-pytestmark = pytest.mark.parametrize("target", EVERY_TARGET)
+EVERY_TARGET = pytest.mark.parametrize("target", every_target("ternary_matmul"))
 ACT_BITS = pytest.mark.parametrize("act_bits", (4, 8))
 
 
+@EVERY_TARGET
 @ACT_BITS
 @pytest.mark.parametrize("n, k", SHAPES, ids=lambda v: str(v))
 def test_shapes(target, act_bits, n, k):
@@ -42,6 +43,7 @@ def test_shapes(target, act_bits, n, k):
         np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
 
 
+@EVERY_TARGET
 @ACT_BITS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n, k", [(130, 4095), (65, 6912)])
@@ -55,6 +57,7 @@ def test_extremes(target, act_bits, kind, n, k):
             np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
 
 
+@EVERY_TARGET
 @ACT_BITS
 @pytest.mark.parametrize("n, k", [(130, 257), (321, 64)])
 def test_glu(target, act_bits, n, k):
@@ -74,6 +77,7 @@ def test_glu(target, act_bits, n, k):
 BATCH = st.tuples(st.integers(1, 40), st.integers(0, 999))  # m, seed
 
 
+@EVERY_TARGET
 @settings(max_examples=6, deadline=None)
 @given(
     n=st.integers(1, 200),
@@ -90,6 +94,7 @@ def test_any_shape(target, n, k, act_bits, batches):
         np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
 
 
+@pytest.mark.parametrize("target", NATIVE_TARGETS)
 @ACT_BITS
 @pytest.mark.parametrize("epilogue", ["scale", "glu"])
 def test_through_relax(target, act_bits, epilogue):
