@@ -15,6 +15,7 @@ from model import random
 from model.checkpoint import IntegerWeights, load_integer_model
 from model.config import MODELS, ModelConfig
 from model.integer import Decode, IntegerModel, Prefill
+from runtime.device import Device, open_device
 from schedules.layouts import LAYOUTS
 from schedules.targets import TARGETS
 
@@ -39,20 +40,24 @@ class CompiledModel:
 
     config: ModelConfig
     reference: IntegerModel
-    vm: tvm.runtime.vm.VirtualMachine
+    executable: tvm.runtime.Executable
+    device: Device
     params: list
 
     def caches(self, kv_bits: int, slots: int = 3, context: int = 32) -> "Caches":
-        return Caches(self.reference.empty_caches(kv_bits, slots, context), kv_bits)
+        return Caches(self, self.reference.empty_caches(kv_bits, slots, context), kv_bits)
 
     def prefill(self, caches: "Caches", tokens, slots, positions, rows) -> np.ndarray:
-        arrays = [tensor(a) for a in (tokens, slots, positions, rows)]
-        step = self.vm[f"prefill_kv{caches.bits}"]
-        return step(*arrays, caches.compiled, self.params).numpy()
+        return self._step(caches, "prefill", tokens, slots, positions, rows)
 
     def decode(self, caches: "Caches", tokens, slots, positions) -> np.ndarray:
-        arrays = [tensor(a) for a in (tokens, slots, positions)]
-        return self.vm[f"decode_kv{caches.bits}"](*arrays, caches.compiled, self.params).numpy()
+        return self._step(caches, "decode", tokens, slots, positions)
+
+    def _step(self, caches: "Caches", name: str, *inputs) -> np.ndarray:
+        arrays = [np.asarray(a, np.int64) for a in inputs]
+        step = caches.vm[f"{name}_kv{caches.bits}"]
+        found = step(*caches.device.inputs(name, arrays), caches.compiled, self.params)
+        return self.device.fetch(found)
 
     def reference_prefill(self, caches: "Caches", tokens, slots, positions, rows) -> np.ndarray:
         arrays = [torch.tensor(a) for a in (tokens, slots, positions, rows)]
@@ -67,22 +72,36 @@ class CompiledModel:
 
 @dataclass
 class Caches:
-    """One state of all layers, twice: functional in torch, updated in place when compiled."""
+    """One state of all layers, twice: functional in torch, updated in place when compiled.
 
+    It has a virtual machine of its own: one that captured a step knows the caches' addresses.
+    """
+
+    model: CompiledModel
     torch: list[torch.Tensor]
     bits: int
     compiled: list = field(init=False)
 
     def __post_init__(self) -> None:
-        self.compiled = [tvm.runtime.tensor(t.numpy()) for t in self.torch]
+        self.device = self.model.device
+        self.vm = tvm.runtime.vm.VirtualMachine(self.model.executable, self.device.handle)
+        self.compiled = self.device.place(aligned(t.numpy()) for t in self.torch)
 
     def pairs(self):
         """(compiled, torch) arrays of every layer: codes, then scales."""
-        return [(c.numpy(), t.numpy()) for c, t in zip(self.compiled, self.torch, strict=True)]
+        return [
+            (self.device.fetch(c), t.numpy())
+            for c, t in zip(self.compiled, self.torch, strict=True)
+        ]
 
 
-def tensor(values) -> tvm.runtime.Tensor:
-    return tvm.runtime.tensor(np.asarray(values, np.int64))
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A writeable copy on a 64-byte boundary, which a device may share."""
+    room = np.empty(array.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def compile_tiny(variant: str, target: str, directory: Path) -> CompiledModel:
@@ -99,6 +118,7 @@ def compile_tiny(variant: str, target: str, directory: Path) -> CompiledModel:
         array = weights[name]
         if name in layouts:
             array = LAYOUTS[layouts[name]].pack(array)
-        params.append(tvm.runtime.tensor(array))
-    vm = tvm.runtime.vm.VirtualMachine(executable, tvm.cpu())
-    return CompiledModel(config, load_integer_model(directory), vm, params)
+        params.append(aligned(array))
+    device = open_device(spec.needs())
+    reference = load_integer_model(directory)
+    return CompiledModel(config, reference, executable, device, device.place(params))
