@@ -5,7 +5,11 @@
     pair_nibble  | (ceil(N/64), P, 32)      | low nibble of byte j = 3(w[n, 2p]+1) + w[n, 2p+1]+1
                  |                          | for n = 64b+j; high nibble for row 64b+32+j
     columns_2bit | (K, ceil(N/128), 32)     | bits 2f.. of byte j = w[128b+32f+j, k] + 1
+    tiles_2bit   | (ceil(N/16),             | bits 2i.. of byte 64g + 16t + 8v + 4h + j
+                 |  ceil(K/128), 512)       | = w[16a + 8h + g, 128c + 64v + 16i + 4t + j] + 1
 
+`tiles_2bit` is the order of the fragments of a tensor core's 16 x 32 operand: 16 bytes a lane are
+two 64-column runs (v) of two rows (h), a load of 512 neighbouring bytes a warp.
 P = ceil(K/2) rounded up to a multiple of 7, the pairs that an 8-bit sum holds. N and K are padded
 with zero weights. Packing combines bytes first and transposes the packed quarter afterwards.
 """
@@ -92,11 +96,31 @@ def _columns_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
     return code.reshape(-1, k)[:n].astype(np.int8) - np.int8(1)
 
 
+def _tiles_2bit_shape(n: int, k: int) -> tuple[int, ...]:
+    return -(-n // 16), -(-k // 128), 512
+
+
+def _tiles_2bit_pack(w: np.ndarray) -> np.ndarray:
+    tiles, chunks, _ = _tiles_2bit_shape(*w.shape)
+    field = _padded(w, 16, 128 * chunks).reshape(tiles, 2, 8, chunks, 2, 4, 4, 4)  # hg cvi tj
+    byte = field[..., 0, :, :] | field[..., 1, :, :] << 2
+    byte |= field[..., 2, :, :] << 4 | field[..., 3, :, :] << 6
+    return np.ascontiguousarray(byte.transpose(0, 3, 2, 5, 4, 1, 6)).reshape(tiles, chunks, 512)
+
+
+def _tiles_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    tiles, chunks, _ = packed.shape
+    byte = packed.reshape(tiles, chunks, 8, 4, 2, 2, 4).transpose(0, 5, 2, 1, 4, 3, 6)  # hg cv tj
+    code = np.stack([byte >> (2 * i) & 3 for i in range(4)], axis=5)
+    return code.reshape(16 * tiles, 128 * chunks)[:n, :k].astype(np.int8) - np.int8(1)
+
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("rows_2bit", _rows_2bit_shape, _rows_2bit_pack, _rows_2bit_unpack),
         Layout("pair_nibble", _pair_nibble_shape, _pair_nibble_pack, _pair_nibble_unpack),
         Layout("columns_2bit", _columns_2bit_shape, _columns_2bit_pack, _columns_2bit_unpack),
+        Layout("tiles_2bit", _tiles_2bit_shape, _tiles_2bit_pack, _tiles_2bit_unpack),
     )
 }

@@ -1,6 +1,7 @@
 """A kernel compiled by itself, called with numpy arrays; the targets that this host can run.
 
-Kernels for another machine than this one run under its emulator, by the same tests.
+Kernels for another machine than this one run under its emulator, by the same tests; those for GPUs
+where there is one, and elsewhere they are only compiled (test_cuda.py).
 """
 
 import importlib.util
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import tvm
 
-from schedules.targets import TARGETS, CpuTarget
+from compiler import nvcc
+from schedules.targets import TARGETS, CpuTarget, GpuTarget, TargetSpec, compute_capability
 from tests.arm import emulator
 
 # Uneven shares of the blocks, whatever the host has; read when the first parallel loop starts.
@@ -20,20 +22,28 @@ ROWS = (0, 1, 2, 5, 33, 128)  # none, decode, and prefills that no tile divides
 EMULATED = "aarch64"  # the machine whose kernels any host runs
 # Boards' kernels are those of their instruction set
 CPU_ROWS = [row for row in TARGETS.values() if isinstance(row, CpuTarget) and not row.is_board]
+# By the PTX in it, a build for sm_80 runs on every later GPU
+GPU_ROWS = [TARGETS["cuda-sm80"], TARGETS["cuda-sm90"]]
 
 
-def is_emulated(target: CpuTarget) -> bool:
-    return target.machine == EMULATED and not target.runs_here()
+def is_emulated(target: TargetSpec) -> bool:
+    return isinstance(target, CpuTarget) and target.machine == EMULATED and not target.runs_here()
 
 
-def why_not(target: CpuTarget) -> str | None:
+def why_not(target: TargetSpec) -> str | None:
     """Why kernels for the target cannot be run here."""
+    if isinstance(target, GpuTarget):
+        found = compute_capability()
+        if found and (target.runs_here() or target.archs[0] < f"sm_{found[0]}{found[1]}"):
+            return None
+        return f"needs a GPU of {target.archs[0]}"
+    assert isinstance(target, CpuTarget)
     if is_emulated(target):
         return emulator.missing()
     return None if target.runs_here() else f"needs {target.machine} with {target.cpu_flags}"
 
 
-def params(targets: list[CpuTarget]) -> list:
+def params(targets: list[TargetSpec]) -> list:
     """pytest's parameters, with the reason where a target is skipped."""
     return [
         pytest.param(spec, id=spec.name, marks=pytest.mark.skipif(bool(reason), reason=str(reason)))
@@ -42,7 +52,7 @@ def params(targets: list[CpuTarget]) -> list:
     ]
 
 
-def family(folder: str, target: CpuTarget) -> str:
+def family(folder: str, target: TargetSpec) -> str:
     """The one of whose kernels a build for `target` takes the op's."""
     for name in target.families:
         if importlib.util.find_spec(f"schedules.{folder}.{name}"):
@@ -50,27 +60,39 @@ def family(folder: str, target: CpuTarget) -> str:
     raise AssertionError(f"{folder}: no kernel in {target.families}")
 
 
-def every_target(folder: str) -> list:
-    """Rows to run an op's kernels for: every one of this machine; of the emulated, which is slow,
-    the first row of each family that has a file in the op's folder."""
+def every_cpu(folder: str) -> list[TargetSpec]:
+    """Every row of this machine; of the emulated one, which is slow, the first row of each family
+    that has a file in the op's folder."""
     emulated = {family(folder, spec): spec for spec in reversed(CPU_ROWS) if is_emulated(spec)}
-    return params([spec for spec in CPU_ROWS if spec in emulated.values() or not is_emulated(spec)])
+    return [spec for spec in CPU_ROWS if spec in emulated.values() or not is_emulated(spec)]
+
+
+def every_target(folder: str) -> list:
+    """Rows to run an op's kernels for: CPUs, and a GPU for each family with a file for the op."""
+    gpus = {family(folder, spec): spec for spec in GPU_ROWS}
+    return params([*every_cpu(folder), *gpus.values()])
 
 
 # For what a kernel is embedded in, and is run by this process itself
 NATIVE_TARGETS = params([spec for spec in CPU_ROWS if not is_emulated(spec)])
 
 
-def compiled(func: tvm.tirx.PrimFunc, target: CpuTarget):
+def compiled(func: tvm.tirx.PrimFunc, target: TargetSpec):
     """call(*arrays) -> the arrays as the kernel left them, outputs and caches included."""
     mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
-    executable = tvm.compile(mod, target=target.to_tvm())
+    device = tvm.cpu()
+    if isinstance(target, GpuTarget):
+        device = tvm.cuda()
+        with nvcc.compiling_for(target, nvcc.find_nvcc(target)):
+            executable = tvm.compile(mod, target=target.to_tvm())
+    else:
+        executable = tvm.compile(mod, target=target.to_tvm())
     if is_emulated(target):
         return emulator.EmulatedKernel(executable, target)
     entry = executable["kernel"]
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
-        tensors = [tvm.runtime.tensor(a) for a in arrays]
+        tensors = [tvm.runtime.tensor(a, device) for a in arrays]
         entry(*tensors)
         return [t.numpy() for t in tensors]
 

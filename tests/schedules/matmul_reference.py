@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from schedules.layouts import LAYOUTS
-from schedules.targets import CpuTarget
+from schedules.targets import TargetSpec
 from tests.schedules.compiled import compiled
 
 ROWS = (0, 1, 2, 5, 33, 128)
@@ -65,7 +65,7 @@ def exact_sum(q: np.ndarray, w: np.ndarray) -> np.ndarray:
     return acc.astype(np.int32).astype(np.float32)
 
 
-def module(op: str, target: CpuTarget):
+def module(op: str, target: TargetSpec):
     """The kernel module that a build for `target` picks."""
     for family in target.families:
         if importlib.util.find_spec(f"schedules.{op}.{family}"):
@@ -89,10 +89,10 @@ class Ternary:
 
 
 @lru_cache(4)  # a compiled kernel holds megabytes
-def ternary_matmul(target: CpuTarget, n: int, k: int, act_bits: int, epilogue: str) -> Ternary:
+def ternary_matmul(target: TargetSpec, n: int, k: int, act_bits: int, epilogue: str) -> Ternary:
     return Ternary("ternary_matmul", target, n, k, (act_bits,), (act_bits,), (epilogue,))
 
 
 @lru_cache(4)  # a compiled kernel holds megabytes
-def sparse_ternary_matmul(target: CpuTarget, n: int, k: int) -> Ternary:
+def sparse_ternary_matmul(target: TargetSpec, n: int, k: int) -> Ternary:
     return Ternary("sparse_ternary_matmul", target, n, k)

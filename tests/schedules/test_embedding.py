@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from schedules.embedding.generic import kernel
 from tests.schedules.compiled import ROWS, compiled, every_target
+from tests.schedules.matmul_reference import module
 
 EVERY_TARGET = pytest.mark.parametrize("target", every_target("embedding"))
 
@@ -17,7 +17,7 @@ def test_matches_definition(k, target):
     rng = np.random.default_rng(k)
     table = rng.integers(-128, 128, (VOCAB, k), dtype=np.int8)
     scale = rng.uniform(1e-4, 1e-2, VOCAB).astype(np.float32)
-    run = compiled(kernel(VOCAB, k, target), target)
+    run = compiled(module("embedding", target).kernel(VOCAB, k, target), target)
     for m in ROWS:
         tokens = rng.integers(0, VOCAB, m)
         tokens[:1], tokens[1:2] = VOCAB - 1, 0

@@ -6,9 +6,9 @@ from tvm.script import tirx as T
 
 from schedules.intrin.exp import LOWEST, exp
 from schedules.intrin.vector import each, store
-from tests.schedules.compiled import compiled, every_target
+from tests.schedules.compiled import compiled, every_cpu, params
 
-EVERY_TARGET = pytest.mark.parametrize("target", every_target("attention"))
+EVERY_TARGET = pytest.mark.parametrize("target", params(every_cpu("attention")))
 
 COUNT = 1_000_003
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tvm import relax
 
-from schedules.kv_append.generic import kernel
 from schedules.targets import TARGETS
 from tests.schedules import kv_reference
 from tests.schedules.compiled import NATIVE_TARGETS, ROWS, compiled, every_target
+from tests.schedules.matmul_reference import module
 
 EVERY_TARGET = pytest.mark.parametrize("target", every_target("kv_append"))
 
@@ -24,6 +24,7 @@ F32 = np.float32
 @functools.cache
 def built(dim, kv_bits, target_name):
     target = TARGETS[target_name]
+    kernel = module("kv_append", target).kernel
     return compiled(kernel(HEADS, KV_HEADS, dim, kv_bits, target), target)
 
 
@@ -106,6 +107,7 @@ def test_in_place_in_a_relax_module(kv_bits, target):
         )
     ]
     with builder.function("main", args):
+        kernel = module("kv_append", target).kernel
         func = builder.add_func(kernel(HEADS, KV_HEADS, dim, kv_bits, target), "kv_append")
         types = [args[0].ty, args[1].ty]
         out = builder.emit(relax.op.call_tir_inplace(func, args, [0, 1], types))

@@ -25,8 +25,13 @@ def columns_2bit(p, n, k):
     return (int(p[k, n // 128, n % 32]) >> 2 * (n % 128 // 32) & 3) - 1
 
 
-DEFINITIONS = {f.__name__: f for f in (rows_2bit, pair_nibble, columns_2bit)}
-PADDING = {"rows_2bit": 0b01010101, "pair_nibble": 4 * 17, "columns_2bit": 0b01010101}
+def tiles_2bit(p, n, k):
+    byte = 64 * (n % 8) + 16 * (k % 16 // 4) + 8 * (k % 128 // 64) + 4 * (n % 16 // 8) + k % 4
+    return (int(p[n // 16, k // 128, byte]) >> 2 * (k % 64 // 16) & 3) - 1
+
+
+DEFINITIONS = {f.__name__: f for f in (rows_2bit, pair_nibble, columns_2bit, tiles_2bit)}
+PADDING = dict.fromkeys(DEFINITIONS, 0b01010101) | {"pair_nibble": 4 * 17}
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (3, 5), (65, 29), (130, 15), (128, 16)])

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tvm import relax
 
-from schedules.rms_norm.generic import kernel
 from schedules.targets import TARGETS
 from tests.schedules.compiled import NATIVE_TARGETS, ROWS, compiled, every_target
+from tests.schedules.matmul_reference import module
 
 EVERY_TARGET = pytest.mark.parametrize("target", every_target("rms_norm"))
 
@@ -67,7 +67,8 @@ def rows(m: int, k: int, seed: int) -> np.ndarray:
 
 @functools.cache
 def built(quantizer, k, target_name):
-    return compiled(kernel(quantizer, k, EPS, TARGETS[target_name]), TARGETS[target_name])
+    target = TARGETS[target_name]
+    return compiled(module("rms_norm", target).kernel(quantizer, k, EPS, target), target)
 
 
 def check(quantizer, target, x, gain):
@@ -102,7 +103,7 @@ def test_ties_between_codes(quantizer, values, codes, target):
     k = round(2 * np.square(values).sum())
     x = np.zeros((1, k), F32)
     x[0, : 2 * len(values)] = [*values, *np.negative(values)]
-    run = compiled(kernel(quantizer, k, 0.0, target), target)
+    run = compiled(module("rms_norm", target).kernel(quantizer, k, 0.0, target), target)
     q, scale = run(x, np.ones(k, F32), np.zeros((1, k), np.int8), np.zeros(1, F32))[2:]
     assert scale[0] == 1
     assert q[0, : 2 * len(values)].tolist() == [*codes, *np.negative(codes)]
@@ -128,7 +129,8 @@ def test_in_a_relax_module(target):
         relax.Var("gain", relax.TensorType((k,), "float32")),
     ]
     with builder.function("main", args):
-        func = builder.add_func(kernel("int4", k, EPS, target), "rms_norm_int4")
+        kernel = module("rms_norm", target).kernel("int4", k, EPS, target)
+        func = builder.add_func(kernel, "rms_norm_int4")
         types = [relax.TensorType((rows_, k), "int8"), relax.TensorType((rows_,), "float32")]
         builder.emit_func_output(builder.emit(relax.call_tir(func, args, types)))
     vm = relax.VirtualMachine(tvm.compile(builder.get(), target=target.to_tvm()), tvm.cpu())
@@ -140,6 +142,7 @@ def test_in_a_relax_module(target):
             np.testing.assert_array_equal(f.numpy(), e)
 
 
-def test_unknown_quantizer_is_named():
+@pytest.mark.parametrize("target", ["generic", "cuda-sm90"])
+def test_unknown_quantizer_is_named(target):
     with pytest.raises(ValueError, match="no quantizer 'int2'; has"):
-        kernel("int2", 64, EPS, TARGETS["generic"])
+        module("rms_norm", TARGETS[target]).kernel("int2", 64, EPS, TARGETS[target])

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from schedules.rms_norm_topk.generic import kernel
 from schedules.targets import TARGETS
 from tests.schedules.compiled import ROWS, compiled, every_target
+from tests.schedules.matmul_reference import module
 from tests.schedules.test_rms_norm import EPS, F32, int8, norm, rows
 
 EVERY_TARGET = pytest.mark.parametrize("target", every_target("rms_norm_topk"))
@@ -21,7 +21,8 @@ CASES += [(512, 256), (2560, 1280), (6912, 3456), (6912, 6912)]
 
 @functools.cache
 def built(k, keep, eps, target_name):
-    return compiled(kernel(k, keep, eps, TARGETS[target_name]), TARGETS[target_name])
+    target = TARGETS[target_name]
+    return compiled(module("rms_norm_topk", target).kernel(k, keep, eps, target), target)
 
 
 def topk_int8(h, keep):
@@ -97,7 +98,8 @@ def test_nan_stays_in_its_row(target):
         np.testing.assert_array_equal(scale[row], alone[1][0])
 
 
+@pytest.mark.parametrize("target", ["generic", "cuda-sm90"])
 @pytest.mark.parametrize("keep", [0, 65])
-def test_impossible_keep_is_refused(keep):
+def test_impossible_keep_is_refused(keep, target):
     with pytest.raises(ValueError, match=f"keep {keep} asked, rows have 64 columns"):
-        kernel(64, keep, EPS, TARGETS["generic"])
+        module("rms_norm_topk", TARGETS[target]).kernel(64, keep, EPS, TARGETS[target])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from schedules.rope.generic import kernel
 from tests.schedules.compiled import ROWS, compiled, every_target
+from tests.schedules.matmul_reference import module
 
 EVERY_TARGET = pytest.mark.parametrize("target", every_target("rope"))
 POSITIONS = 64
@@ -25,7 +25,7 @@ def test_matches_definition(heads, kv_heads, dim, target):
     rng = np.random.default_rng(dim)
     angle = rng.uniform(-np.pi, np.pi, (POSITIONS, dim // 2))
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    run = compiled(kernel(heads, kv_heads, dim, POSITIONS, target), target)
+    run = compiled(module("rope", target).kernel(heads, kv_heads, dim, POSITIONS, target), target)
     for m in ROWS:
         qkv = rng.standard_normal((m, heads + 2 * kv_heads, dim)).astype(np.float32)
         qkv[m // 2 :][:1] *= np.float32(1e30)

@@ -1,0 +1,221 @@
+"""Blocks and threads of a CUDA kernel, and what they do together: reductions, scans, products.
+
+Plain Python emitters for the body of a TVMScript kernel. A reduction's result is known to every
+thread that asked. Rows M may be none, and a grid of no blocks is an error to CUDA, so a kernel
+launches inside `some_rows(rows)`.
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer
+
+WARP = 32
+MAX_THREADS = 1024
+FULL_MASK = 0xFFFFFFFF
+
+
+def blocks(count: Expr | int, axis: str = "x"):
+    return T.thread_binding(count, thread=f"blockIdx.{axis}")
+
+
+def threads(count: int, axis: str = "x"):
+    return T.thread_binding(count, thread=f"threadIdx.{axis}")
+
+
+def some_rows(rows: Expr):
+    return when(rows > 0)
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """One frame where `T.If` and `T.Then` are two."""
+    with T.If(condition), T.Then():
+        yield
+
+
+@contextmanager
+def strided(count: int, t: Expr, num_threads: int) -> Iterator[Expr]:
+    """i = t, t + num_threads, ... below `count`."""
+    with T.serial(-(-count // num_threads)) as step:
+        i = step * num_threads + t
+        if count % num_threads == 0:
+            yield i
+        else:
+            with when(i < count):
+                yield i
+
+
+def threads_for(count: int, most: int) -> int:
+    """Whole warps for `count` items, at most `most` threads."""
+    return min(most, -(-count // WARP) * WARP)
+
+
+def sync() -> None:
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def local(dtype: str, *shape: int) -> Buffer:
+    return T.alloc_buffer(shape, dtype, scope="local")
+
+
+def shared(dtype: str, *shape: int) -> Buffer:
+    return T.alloc_buffer(shape, dtype, scope="shared")
+
+
+def store(buffer: Buffer, value: Expr, *indices) -> None:
+    T.buffer_store(buffer, value, list(indices))
+
+
+def warp_reduce(value: Expr, op: str, width: int = WARP) -> Expr:
+    """sum, max or min of `width` neighbouring lanes."""
+    return T.bind(T.cuda.warp_reduce(value, op, width))
+
+
+def shuffle_xor(value: Expr, lanes: int) -> Expr:
+    return T.tvm_warp_shuffle_xor(T.uint32(FULL_MASK), value, lanes, WARP, WARP)
+
+
+def to_bits(value: Expr) -> Expr:
+    """A number of 32 or 64 bits in an int64."""
+    bits = str(value.ty.dtype).lstrip("float").lstrip("int")
+    return T.cast(T.reinterpret(f"int{bits}", value), "int64")
+
+
+def from_bits(bits: Expr, dtype: str) -> Expr:
+    return T.reinterpret(dtype, T.cast(bits, "int32" if dtype.endswith("32") else "int64"))
+
+
+class Scratch:
+    """Shared memory of a block's reductions: 64 bits a warp, for numbers of any kind.
+
+    One buffer for all uses, with a barrier between them: TVM lets buffers of different lives share
+    memory, finds that they then need barriers, and refuses to insert one below an `if`.
+    """
+
+    def __init__(self, t: Expr, num_threads: int):
+        self.t, self.warps = t, num_threads // WARP
+        self.buffer = shared("int64", self.warps)
+        self.is_used = False
+
+    def share(self, partial: Expr) -> Callable[[Expr | int], Expr]:
+        """Every warp's partial value, by warp; the lane that holds it is the last."""
+        if self.is_used:
+            sync()
+        self.is_used = True
+        with when(self.t % WARP == WARP - 1):
+            store(self.buffer, to_bits(partial), self.t // WARP)
+        sync()
+        return lambda warp: from_bits(self.buffer[warp], str(partial.ty.dtype))
+
+    def reduce(self, value: Expr, op: str) -> Expr:
+        """sum or max over the block's threads."""
+        partial = warp_reduce(value, op)
+        if self.warps == 1:
+            return partial
+        combine = {"sum": lambda a, b: a + b, "max": T.max}[op]
+        of_warp = self.share(partial)
+        total = of_warp(0)
+        for warp in range(1, self.warps):
+            total = T.bind(combine(total, of_warp(warp)))
+        return total
+
+    def scan(self, value: Expr) -> tuple[Expr, Expr]:
+        """(sum of the int32 values of earlier threads, sum of all)."""
+        running = local("int32", 1)
+        store(running, value, 0)
+        for step in (1, 2, 4, 8, 16):
+            other = T.bind(shuffle_up(running[0], step))
+            with when(self.t % WARP >= step):
+                store(running, running[0] + other, 0)
+        sums = local("int32", 2)  # of earlier warps, of all
+        store(sums, T.int32(0), 0)
+        store(sums, T.int32(0), 1)
+        of_warp = self.share(running[0])
+        with T.serial(self.warps) as warp:
+            with when(warp < self.t // WARP):
+                store(sums, sums[0] + of_warp(warp), 0)
+            store(sums, sums[1] + of_warp(warp), 1)
+        return sums[0] + running[0] - value, sums[1]
+
+
+def shuffle(value: Expr, lane: Expr) -> Expr:
+    """The value that `lane` has."""
+    return T.tvm_warp_shuffle(T.uint32(FULL_MASK), value, lane, WARP, WARP)
+
+
+def shuffle_up(value: Expr, offset: int) -> Expr:
+    return T.tvm_warp_shuffle_up(T.uint32(FULL_MASK), value, offset, WARP, WARP)
+
+
+def dp4a(a: Expr, b: Expr, acc: Expr) -> Expr:
+    """acc + the products of four signed bytes, all int32."""
+    return T.call_pure_extern("int32", "__dp4a", a, b, acc)
+
+
+def byte_permute(a: Expr, b: Expr, selector: int) -> Expr:
+    """Four bytes out of the eight of a (0 to 3) and b (4 to 7), the lowest digit first."""
+    return T.call_pure_extern("uint32", "__byte_perm", a, b, T.uint32(selector))
+
+
+def transpose_bytes(words: Sequence[Expr]) -> list[Expr]:
+    """Word i of the result holds byte i of each of four words."""
+    a, b, c, d = words
+    words = []
+    for selector in (0x5140, 0x7362):
+        first, second = (T.bind(byte_permute(x, y, selector)) for x, y in ((a, b), (c, d)))
+        words += [T.bind(byte_permute(first, second, half)) for half in (0x5410, 0x7632)]
+    return words
+
+
+def float64(value: float) -> Expr:
+    """A constant: TVM prints those of CUDA with fifteen decimals, whatever their size."""
+    return T.reinterpret("float64", T.int64(struct.unpack("<q", struct.pack("<d", value))[0]))
+
+
+# PTX, by address: TVM sees no access to the memory and inserts no barrier.
+
+
+def ptx(instruction: str, *operands, **options) -> None:
+    T.evaluate(T.ptx[instruction](*operands, **options))
+
+
+def shared_bytes(size: int) -> Expr:
+    """The address of `size` bytes of the block's dynamic shared memory; one call a kernel."""
+    memory = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
+    return T.bind(T.cuda.cvta_generic_to_shared(T.address_of(memory[0])))
+
+
+def load_16_bytes(registers: Buffer, first: int, address: Expr, **options) -> None:
+    """registers[first : first + 4], uint32, of weights that nobody else on the chip reads soon."""
+    four = [registers[first + i] for i in range(4)]
+    ptx("ld.global.nc.L1::no_allocate.v4.b32", *four, address, **options)
+
+
+def copy_16_bytes(destination: Expr, source: Expr, valid: Expr | int = 16) -> None:
+    """To shared memory, asynchronously; bytes from `valid` on are zeros."""
+    ptx("cp.async.cg.shared.global", destination, source, 16, T.cast(valid, "uint32"))
+
+
+def wait_for_copies(pending: int = 0) -> None:
+    """All but the last `pending` groups of this thread's copies are done."""
+    ptx("cp.async.wait_group", pending)
+
+
+def commit_copies() -> None:
+    ptx("cp.async.commit_group")
+
+
+def load_matrices(registers: Buffer, first: int, address: Expr) -> None:
+    """registers[first : first + 4]: four 8 x 16 byte matrices, lane l at row l % 8 of l / 8."""
+    four = [registers[first + i] for i in range(4)]
+    ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *four, address)
+
+
+def multiply(acc: Buffer, first: int, a: Sequence[Expr], b: Sequence[Expr], kind="u8") -> None:
+    """acc[first : first + 4] += a . b: 16 x 32 bytes of `kind` times 32 x 8 signed bytes."""
+    c = [acc[first + i] for i in range(4)]
+    ptx(f"mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s8.s32", *c, *a, *b, *c)

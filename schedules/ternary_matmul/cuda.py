@@ -1,0 +1,303 @@
+"""ternary_matmul on CUDA's tensor cores: weights are the 16-row operand, tokens the 8 columns.
+
+    for n0, m0 in N/(16 R), M/T:                     blockIdx.x, blockIdx.y
+        for warp in W:                               threadIdx.y: a run of K each
+            for round in K/(128 D W):
+                w[D, R] = 16 bytes a lane            D R loads of 512 bytes in flight
+                x[T, 128 D] -> shared                cp.async, the warp's own
+                for chunk in D:                      128 columns
+                    b = ldmatrix(x)                  8 registers for 8 tokens
+                    acc[R, T/8] += (w >> 2i & 3) . b     mma m16n8k32, i in 4
+        out[T, 16 R] = epilogue(sum of acc over warps - sum of x)      shared memory
+
+    form         | T  | R | fields | M
+    one token    | 1  | 1 | apart  | 1
+    some tokens  | 8  | 2 | shifted| 2 to 8
+    many tokens  | 16 | 2 | shifted| more
+
+The codes are w + 1, so the sum of x, which one more mma with a matrix of ones adds up for every
+token, is taken off at the end. With one token a field is masked and not shifted: the four fields
+have accumulators of their own, which are 4^i too large. Both are exact: |acc| < 2^14 K, int32 for
+K < 2^17.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc, Var
+
+from schedules.epilogue import EPILOGUES, Epilogue
+from schedules.intrin import cuda
+from schedules.targets import GpuTarget
+
+TILE = 16  # rows of weights of a tensor core's operand
+CHUNK = 128  # columns that 16 bytes a lane hold
+CHUNK_BYTES = 512
+FIELDS = 4
+MASK = 0x03030303
+ONES = 0x01010101
+MAX_WARPS = 16
+
+
+def layout(act_bits: int) -> str:
+    return "tiles_2bit"
+
+
+@dataclass(frozen=True)
+class Shape:
+    n: int
+    k: int
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // TILE)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.k // CHUNK)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a block shares its work out."""
+
+    shape: Shape
+    tokens: int  # T
+    tiles: int  # R
+    warps: int  # W
+    depth: int  # D, chunks a round
+
+    @property
+    def columns(self) -> int:
+        """Groups of 8 tokens."""
+        return -(-self.tokens // 8)
+
+    @property
+    def fields(self) -> int:
+        """Accumulators a tile: one for every field where fields are not shifted."""
+        return FIELDS if self.tokens == 1 else 1
+
+    @property
+    def rounds(self) -> int:
+        return -(-self.shape.chunks // (self.warps * self.depth))
+
+    @property
+    def is_even(self) -> bool:
+        return self.rounds * self.warps * self.depth == self.shape.chunks
+
+    @property
+    def pitch(self) -> int:
+        """Bytes of a token in shared memory; 16 more than a multiple of 128, for the banks."""
+        return self.depth * CHUNK + 16
+
+    @property
+    def warp_bytes(self) -> int:
+        return self.tokens * self.pitch
+
+    @property
+    def sums_bytes(self) -> int:
+        """int32 of every warp, token and row."""
+        return 4 * self.warps * self.tokens * self.tiles * TILE
+
+    @property
+    def shared_bytes(self) -> int:
+        return max(self.warps * self.warp_bytes, self.sums_bytes)
+
+
+def one_token(shape: Shape) -> Form:
+    warps = min(MAX_WARPS, -(-shape.chunks // 5))
+    depth = min(8, -(-shape.chunks // warps))
+    return Form(shape, 1, 1, warps, depth)
+
+
+def some_tokens(shape: Shape, tokens: int) -> Form:
+    warps = min(8, shape.chunks)
+    return Form(shape, tokens, 2, warps, min(3, -(-shape.chunks // warps)))
+
+
+class Block:
+    """Emits a block's work: rows n0 = 16 R b on, tokens m0 = T c on."""
+
+    def __init__(self, form: Form, q, w, rows, b, c, warp, lane):
+        self.form, self.q, self.w, self.rows = form, q, w, rows
+        self.first_tile, self.m0 = T.bind(b * form.tiles), T.bind(c * form.tokens)
+        self.warp, self.lane = warp, lane
+        self.base = cuda.shared_bytes(form.shared_bytes)
+        self.mine = T.bind(self.base + T.cast(warp * form.warp_bytes, "uint32"))
+        accumulators = form.tiles * form.columns * form.fields
+        self.acc = cuda.local("uint32", 4 * accumulators)
+        self.ones = cuda.local("uint32", 4 * form.columns)
+        self.weights = cuda.local("uint32", 4 * form.depth * form.tiles)
+        self.x = cuda.local("uint32", 8)
+        for buffer in (self.acc, self.ones):
+            with T.unroll(buffer.shape[0]) as i:
+                cuda.store(buffer, T.uint32(0), i)
+
+    def accumulate(self) -> None:
+        form = self.form
+        with T.serial(form.rounds) as r:
+            first = T.bind((self.warp * form.rounds + r) * form.depth)
+            self._load_weights(first)
+            self._copy_tokens(first)
+            for d in range(form.depth):
+                for group in range(form.columns):
+                    self._multiply(d, group)
+            T.evaluate(T.cuda.warp_sync())
+
+    def _load_weights(self, first) -> None:
+        form = self.form
+        for d in range(form.depth):
+            for r in range(form.tiles):
+                chunk, tile = first + d, self.first_tile + r
+                inside = []
+                if not form.is_even:
+                    inside.append(chunk < form.shape.chunks)
+                if form.shape.tiles % form.tiles:
+                    inside.append(tile < form.shape.tiles)
+                options = {"pred": tirx.all(*inside)} if inside else {}
+                at = T.address_of(self.w[tile, chunk, self.lane * 16])
+                cuda.load_16_bytes(self.weights, 4 * (d * form.tiles + r), at, **options)
+
+    def _copy_tokens(self, first) -> None:
+        """x[T, 128 D] of the warp's columns; zeros past M and K."""
+        form, k = self.form, self.form.shape.k
+        pieces = form.depth * CHUNK // 16
+        with cuda.strided(form.tokens * pieces, self.lane, cuda.WARP) as i:
+            token, column = i // pieces, T.bind(first * CHUNK + i % pieces * 16)
+            to = self.mine + T.cast(token * form.pitch + i % pieces * 16, "uint32")
+            row = self.m0 + token
+            if k % 16 == 0:
+                inside = tirx.all(column < k, row < self.rows)
+                source = T.address_of(self.q[T.min(row, self.rows - 1), T.min(column, k - 16)])
+                cuda.copy_16_bytes(to, source, T.Select(inside, 16, 0))
+            else:
+                copy_odd_bytes(self.q, self.rows, k, row, column, to)
+        cuda.commit_copies()
+        cuda.wait_for_copies()
+        T.evaluate(T.cuda.warp_sync())
+
+    def _multiply(self, d: int, group: int) -> None:
+        form, lane = self.form, self.lane
+        token = lane % 8 if form.tokens > 1 else 0
+        row = self.mine + T.cast((8 * group + token) * form.pitch, "uint32")
+        for v in range(2):
+            at = row + T.cast(d * CHUNK + 64 * v + lane // 8 * 16, "uint32")
+            cuda.load_matrices(self.x, 4 * v, at)
+        for i in range(FIELDS):
+            b = self.x[i], self.x[4 + i]
+            cuda.multiply(self.ones, 4 * group, [T.uint32(ONES)] * 4, b)
+            for r in range(form.tiles):
+                words = [self.weights[4 * (d * form.tiles + r) + j] for j in range(4)]
+                acc = r * form.columns + group
+                if form.fields == FIELDS:
+                    a = [word & T.uint32(MASK << 2 * i) for word in words]
+                    cuda.multiply(self.acc, 4 * (acc * FIELDS + i), a, b)
+                else:
+                    a = [word >> T.uint32(2 * i) & T.uint32(MASK) for word in words]
+                    cuda.multiply(self.acc, 4 * acc, a, b)
+
+    def _sum(self, r: int, group: int, i: int) -> Expr:
+        """Register i of a tile's accumulator: the sum of q w over the warp's columns."""
+        form, first = self.form, r * self.form.columns + group
+        total = -T.reinterpret("int32", self.ones[4 * group + i])
+        for field in range(form.fields):
+            part = T.reinterpret("int32", self.acc[4 * (first * form.fields + field) + i])
+            total = total + T.shift_right(part, 2 * field)
+        return total
+
+    def _sum_address(self, warp, token, row) -> Expr:
+        rows = self.form.tiles * TILE
+        return self.base + T.cast(((warp * self.form.tokens + token) * rows + row) * 4, "uint32")
+
+    def share(self) -> None:
+        """Every warp's sums to shared memory, where x was."""
+        form = self.form
+        cuda.sync()
+        for r in range(form.tiles):
+            for group in range(form.columns):
+                for i in range(4):
+                    row = r * TILE + self.lane // 4 + i // 2 * 8
+                    token = 8 * group + self.lane % 4 * 2 + i % 2
+                    value = T.reinterpret("uint32", self._sum(r, group, i))
+                    if form.tokens > 1:
+                        cuda.ptx("st.shared.b32", self._sum_address(self.warp, token, row), value)
+                    elif i % 2 == 0:
+                        with cuda.when(self.lane % 4 == 0):
+                            at = self._sum_address(self.warp, 0, row)
+                            cuda.ptx("st.shared.b32", at, value)
+        cuda.sync()
+
+    def finish(self, end: Epilogue, scale, w_scale, extra, out) -> None:
+        form, word = self.form, cuda.local("uint32", 1)
+        height = form.tiles * TILE
+        t, count = self.warp * cuda.WARP + self.lane, form.tokens * height
+        with cuda.strided(count, t, form.warps * cuda.WARP) as i:
+            token, row = i // height, i % height
+            m, n = T.bind(self.m0 + token), T.bind(self.first_tile * TILE + row)
+            with cuda.when(tirx.all(m < self.rows, n < form.shape.n)):
+                total = cuda.local("int32", 1)
+                cuda.store(total, T.int32(0), 0)
+                with T.unroll(form.warps) as warp:
+                    cuda.ptx("ld.shared.b32", word[0], self._sum_address(warp, token, row))
+                    cuda.store(total, total[0] + T.reinterpret("int32", word[0]), 0)
+                other = extra[m, n] if end.extra else None
+                y = end.value(T.cast(total[0], "float32"), scale[m] * w_scale[n], other)
+                cuda.store(out, y, m, n)
+
+
+def copy_odd_bytes(q, rows, k: int, row, column, to) -> None:
+    """16 bytes of a row whose length is no multiple of 16; zeros past M and K."""
+    for word in range(4):
+        value: Any = T.uint32(0)
+        for j in range(4):
+            at = column + 4 * word + j
+            inside = tirx.all(at < k, row < rows)
+            byte = T.if_then_else(inside, T.reinterpret("uint8", q[row, at]), T.uint8(0))
+            value = value | T.cast(byte, "uint32") << T.uint32(8 * j)
+        cuda.ptx("st.shared.b32", to + T.uint32(4 * word), value)
+
+
+def kernel(n: int, k: int, act_bits: int, target: GpuTarget, epilogue: str) -> PrimFunc:
+    end = EPILOGUES[epilogue]
+    shape, rows = Shape(n, k), Var("M", "int64")
+
+    def launch(form: Form, q, scale, w, w_scale, extra, out):
+        with cuda.blocks(-(-shape.tiles // form.tiles)) as b:
+            with cuda.blocks(T.ceildiv(rows, form.tokens), "y") as c:
+                with cuda.threads(form.warps, "y") as warp:
+                    with cuda.threads(cuda.WARP) as lane:
+                        block = Block(form, q, w, rows, b, c, warp, lane)
+                        block.accumulate()
+                        block.share()
+                        block.finish(end, scale, w_scale, extra, out)
+
+    def by_rows(*tensors):
+        """The form for this many tokens, chosen when the kernel is launched."""
+        with T.If(rows == 1):
+            with T.Then():
+                launch(one_token(shape), *tensors)
+            with T.Else():
+                with T.If(rows <= 8):
+                    with T.Then():
+                        with cuda.some_rows(rows):
+                            launch(some_tokens(shape, 8), *tensors)
+                    with T.Else():
+                        launch(some_tokens(shape, 16), *tensors)
+
+    @T.prim_func(s_tir=True)
+    def ternary_matmul(
+        q: T.Buffer((rows, k), "int8"),
+        scale: T.Buffer((rows,), "float32"),
+        w: T.Buffer((shape.tiles, shape.chunks, CHUNK_BYTES), "uint8"),
+        w_scale: T.Buffer((n,), "float32"),
+        extra: T.Buffer((rows, n), "float32"),
+        out: T.Buffer((rows, n), "float32"),
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        with T.sblock("root"):
+            by_rows(q, scale, w, w_scale, extra, out)
+
+    return end.finish(ternary_matmul)
