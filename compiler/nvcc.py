@@ -1,10 +1,15 @@
 """nvcc: device code for every arch of a GPU's row, one fat binary; needs no GPU.
 
-TVM's own callback passes --use_fast_math, which flushes denormals and approximates divisions and
-roots. The dialect defines both to the last bit, so ours does not. Products may be contracted into
-sums (--fmad): the definitions allow for it where it can happen.
+    kernels -> CUDA source -> nvcc, here -> fat binary -> text in the library -> as it was, at load
+
+Left alone, TVM 0.27 ships the source and compiles it where it is loaded, with --use_fast_math,
+which flushes denormals and approximates divisions and roots; the dialect defines both to the last
+bit. Its module takes text and hands that to `tvm_callback_cuda_compile` when it is first used:
+runtime/device_code.py gives it the binary back. Products may be contracted into sums (--fmad): the
+definitions allow for it where it can happen.
 """
 
+import base64
 import shutil
 import subprocess
 import tempfile
@@ -13,12 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import tvm_ffi
-from tvm.support import nvcc as tvm_nvcc
-
 from compiler.config import BuildError
 from schedules.targets import GpuTarget
 
-CALLBACK = "tvm_callback_cuda_compile"  # TVM calls it with the source of all kernels
+CALLBACK = "tvm_callback_cuda_postproc"  # TVM calls it with the source of all kernels
+PREFIX = "fatbin:"  # what runtime/device_code.py knows the text by
 FLAGS = ("-O3", "--std=c++17", "--expt-relaxed-constexpr", "--threads=0")
 
 
@@ -59,13 +63,14 @@ def compile_fat(source: str, archs: Sequence[str], nvcc: str) -> bytes:
 
 @contextmanager
 def compiling_for(target: GpuTarget, nvcc: str) -> Iterator[None]:
-    """TVM compiles device code with our flags within the block."""
+    """Within the block, TVM puts binaries where it would put sources."""
 
-    def compile_source(source: str) -> bytes:
-        return compile_fat(source, target.archs, nvcc)
+    def compile_source(source: str, _: object) -> str:
+        binary = base64.b64encode(compile_fat(source, target.archs, nvcc))
+        return f"{PREFIX}{binary.decode('ascii')}\n"
 
     tvm_ffi.register_global_func(CALLBACK, compile_source, override=True)
     try:
         yield
     finally:
-        tvm_ffi.register_global_func(CALLBACK, tvm_nvcc.tvm_callback_cuda_compile, override=True)
+        tvm_ffi.remove_global_func(CALLBACK)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime import host
+from runtime import device_code, host
 from runtime.errors import ArtifactError, RuntimeRefusal
 
 ALIGNMENT = 64  # bytes: what TVM's kernels assume of every tensor
@@ -35,6 +35,7 @@ def load() -> ModuleType:
         with _environment(TVM_USE_RUNTIME_LIB="1"), _without_torch():
             importlib.import_module("tvm")
     importlib.import_module("tvm.runtime.vm")
+    device_code.install()
     return sys.modules["tvm"]
 
 
