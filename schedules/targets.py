@@ -104,6 +104,33 @@ def gpu(
     )
 
 
+X86_V3 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")
+X86_VNNI = (*X86_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
+
+
+def x86(
+    name: str,
+    families: tuple[str, ...],
+    cpu_flags: tuple[str, ...],
+    llvm: dict[str, object],
+    vector_bits: int,
+    l1d_kib: int,
+    l2_kib: int,
+) -> CpuTarget:
+    """A row for x86-64; caches are those of one core, of the smallest that has the flags."""
+    return CpuTarget(
+        name=name,
+        families=(*families, "generic"),
+        tvm={"kind": "llvm", **llvm},
+        vector_bits=vector_bits,
+        num_vector_registers=16 if vector_bits < 512 else 32,
+        l1d_bytes=l1d_kib * 1024,
+        l2_bytes=l2_kib * 1024,
+        machine="x86_64",
+        cpu_flags=cpu_flags,
+    )
+
+
 # What /proc/cpuinfo calls the features of each ARM level, every level with those before it
 ARM_NEON = ("asimd",)
 ARM_DOTPROD = (*ARM_NEON, "asimddp")
@@ -160,16 +187,26 @@ TARGETS: dict[str, TargetSpec] = {
         ),
         # Levels and their flags: https://gitlab.com/x86-psABIs/x86-64-ABI (cpuinfo says abm
         # for lzcnt). Caches: the smallest of Haswell (32 KiB, 256 KiB) and Zen (32, 512).
-        CpuTarget(
-            name="x86-avx2",
-            families=("avx2", "generic"),
-            tvm={"kind": "llvm", "mcpu": "x86-64-v3"},
-            vector_bits=256,
-            num_vector_registers=16,
-            l1d_bytes=32 * 1024,
-            l2_bytes=256 * 1024,
-            machine="x86_64",
-            cpu_flags=("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"),
+        x86("x86-avx2", ("avx2",), X86_V3, {"mcpu": "x86-64-v3"}, 256, 32, 256),
+        # Ice Lake, Tiger Lake (48, 512 and more), Zen 4 (32, 1024)
+        x86(
+            "x86-avx512vnni",
+            ("avx512vnni", "avx2"),
+            X86_VNNI,
+            {"mcpu": "x86-64-v4", "mattr": ["+avx512vnni"]},
+            512,
+            32,
+            512,
+        ),
+        # Sapphire Rapids and later: 48 KiB, 2 MiB
+        x86(
+            "x86-amx",
+            ("amx", "avx512vnni", "avx2"),
+            (*X86_VNNI, "amx_tile", "amx_int8"),
+            {"mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]},
+            512,
+            48,
+            2048,
         ),
         # Features: https://developer.arm.com/documentation/109697 (A-profile feature names)
         arm("arm-neon", ARM_NEON, {"mattr": ["+neon"]}),

@@ -61,10 +61,13 @@ def family(folder: str, target: TargetSpec) -> str:
 
 
 def every_cpu(folder: str) -> list[TargetSpec]:
-    """Every row of this machine; of the emulated one, which is slow, the first row of each family
-    that has a file in the op's folder."""
+    """Of this machine, a row for each family and width of vectors that an op's kernels have, one
+    that this host runs if it can; of the emulated machine, which is slow, the first row of each
+    family that has a file in the op's folder."""
     emulated = {family(folder, spec): spec for spec in reversed(CPU_ROWS) if is_emulated(spec)}
-    return [spec for spec in CPU_ROWS if spec in emulated.values() or not is_emulated(spec)]
+    own = sorted((r for r in CPU_ROWS if not is_emulated(r)), key=lambda row: row.runs_here())
+    distinct = {(family(folder, row), row.vector_bits): row for row in own}
+    return [r for r in CPU_ROWS if r in emulated.values() or r in distinct.values()]
 
 
 def every_target(folder: str) -> list:

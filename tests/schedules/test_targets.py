@@ -5,10 +5,20 @@ import pytest
 from schedules.targets import TARGETS, CpuTarget, detect_gpu, detect_native, find
 
 AVX2_HOST = ["sse2", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"]
+AVX512_HOST = [*AVX2_HOST, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]
+VNNI_HOST = [*AVX512_HOST, "avx512_vnni"]
 
 
 @pytest.mark.parametrize(
-    "flags, name", [([], "generic"), (["avx2"], "generic"), (AVX2_HOST, "x86-avx2")]
+    "flags, name",
+    [
+        ([], "generic"),
+        (["avx2"], "generic"),
+        (AVX2_HOST, "x86-avx2"),
+        (AVX512_HOST, "x86-avx2"),
+        (VNNI_HOST, "x86-avx512vnni"),
+        ([*VNNI_HOST, "amx_tile", "amx_int8"], "x86-amx"),
+    ],
 )
 def test_detect_native(flags, name):
     assert detect_native("x86_64", flags).name == name

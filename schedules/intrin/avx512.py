@@ -1,0 +1,35 @@
+"""AVX-512 instructions used from TVMScript, one function each; 64 bytes unless a name says other.
+
+What works on any number of lanes (`load`, `store`, `sum_lanes`, ...) is in avx2.py.
+https://www.intel.com/content/www/us/en/docs/intrinsics-guide
+"""
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+LINE = 64  # bytes of a register and of a cache line
+
+
+def dot_bytes(sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
+    """vpdpbusd (VNNI): int32 out[j] = sums[j] + sum over i < 4 of u[4j+i] * s[4j+i], wrapping."""
+    return T.call_llvm_pure_intrin(
+        "int32x16", "llvm.x86.avx512.vpdpbusd.512", sums, unsigned, signed
+    )
+
+
+def shift_bytes_right(bytes_: Expr, bits: int) -> Expr:
+    """vpsrlw: there is no shift of bytes, so bits of the byte above enter; mask them off."""
+    pairs = T.reinterpret("uint16x32", bytes_)
+    return T.reinterpret("uint8x64", T.shift_right(pairs, T.broadcast(T.uint16(bits), 32)))
+
+
+def biased(signed: Expr) -> Expr:
+    """a + 128 as unsigned bytes, by flipping the sign bit."""
+    return T.reinterpret("uint8x64", signed) ^ T.broadcast(T.uint8(128), 64)
+
+
+def prefetch(buffer, *index: Expr | int) -> None:
+    """Ask for the cache line at an index, which may lie past the end; never faults."""
+    read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
+    address = T.address_of(buffer[index])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, all_levels, data))
