@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import tvm_ffi
+
 from compiler.config import BuildError
 from schedules.targets import GpuTarget
 

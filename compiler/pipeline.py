@@ -11,6 +11,7 @@ from tvm.runtime import Executable
 from tvm.support import cc
 
 from compiler.config import BuildError
+from compiler.passes.add_sampler import add_sampler
 from compiler.passes.bound_rows import bound_rows
 from compiler.passes.capture_decode import capture_decode
 from compiler.passes.drop_checks import drop_checks
@@ -39,6 +40,7 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         pack_weights,
         specialize_kv_cache(kv_bits),
         probe_sparsity,
+        add_sampler,
         transform.DeadCodeElimination(),
         *dump("1-specialized"),
         # Phase 2: every dialect call becomes a call of its kernel, stock ops become loops

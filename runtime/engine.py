@@ -21,6 +21,7 @@ from runtime.kv_cache import KVCache
 from runtime.sampler import Sampler
 
 PREFILL_ROWS = 256  # rows a step: memory stays flat, and one read of the weights serves them all
+SAMPLE_DTYPES = (np.float32, np.int32, np.float32, np.float64)  # compiler/passes/add_sampler.py
 SCORE_ROWS = 64  # the same where each row's V logits are wanted
 
 
@@ -40,6 +41,8 @@ class Engine:
         self._device = cache.device
         self._module = artifact.open_library(self._device)
         self._functions = {name: self._function(name) for name in ("prefill", "decode")}
+        if sample := tvm_runtime.function_or_none(self._module, "sample"):
+            self._functions["sample"] = sample
         self._parameters = artifact.parameters(self._device)
         tvm_runtime.use_threads(threads)
 
@@ -160,6 +163,22 @@ class Engine:
         """One step of M rows: logits f32[M, V]. Rows of one slot rise in position."""
         return self._call("decode", *self._check_rows(tokens, slots, positions))
 
+    def decode_token(self, token: int, slot: int, position: int, sampler: Sampler) -> int:
+        """One step of one row, and the token that follows it.
+
+        On a GPU the token is drawn there, where its `sample` can; the logits then stay.
+        """
+        found = self._run("decode", *self._check_rows([token], [slot], [position]))
+        uniform = sampler.draw()
+        if "sample" in self._functions:
+            settings = sampler.temperature, sampler.top_k, sampler.top_p, uniform
+            rows = [np.array([v], t) for v, t in zip(settings, SAMPLE_DTYPES, strict=True)]
+            inputs = self._device.inputs("sample", rows)
+            drawn = int(self._device.fetch(self._functions["sample"](found, *inputs))[0])
+            if drawn >= 0:
+                return drawn
+        return sampler.sample(self._device.fetch(found)[0], uniform)
+
     def sparsity(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
     ) -> np.ndarray | None:
@@ -185,11 +204,13 @@ class Engine:
         return self._call("prefill", *checked, np.asarray(rows, np.int64))
 
     def _call(self, name: str, *arrays: np.ndarray) -> np.ndarray:
+        return self._device.fetch(self._run(name, *arrays))
+
+    def _run(self, name: str, *arrays: np.ndarray) -> Any:
         tvm_runtime.use_threads(self.threads)
         arguments = self._device.inputs(name, arrays)
         try:
-            found = self._functions[name](*arguments, self.cache.tensors, self._parameters)
-            return self._device.fetch(found)
+            return self._functions[name](*arguments, self.cache.tensors, self._parameters)
         except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
             reason = " ".join(str(error).split())[-200:]
             raise ArtifactError(

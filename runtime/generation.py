@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from runtime.sampler import Sampler
@@ -39,7 +38,7 @@ class Generation(Iterator[str]):
 
     def __next__(self) -> str:
         while self.finish is None:
-            token = self.sampler.sample(self._next_logits())
+            token = self._next_token()
             if token in self._engine.shape.eos_token_ids:
                 self.finish = "eos"
                 break
@@ -64,16 +63,16 @@ class Generation(Iterator[str]):
         if hasattr(self, "_slot"):
             self.close()
 
-    def _next_logits(self) -> np.ndarray:
-        """f32[V] after the last token: prefill the first time, then a decode step."""
+    def _next_token(self) -> int:
+        """What follows the last token: out of the prompt the first time, then of a decode step."""
         engine, started = self._engine, time.perf_counter()
         if self._slot is None:
             self._slot = engine.cache.allocate()
             logits = engine.prefill(self.prompt, self._slot)
             self.prefill_seconds = time.perf_counter() - started
-            return logits
+            return self.sampler.sample(logits)
         position = len(self.prompt) + len(self.tokens) - 1
-        logits = engine.decode(self.tokens[-1:], [self._slot], [position])[0]
+        token = engine.decode_token(self.tokens[-1], self._slot, position, self.sampler)
         self.decode_seconds += time.perf_counter() - started
         self.decode_steps += 1
-        return logits
+        return token

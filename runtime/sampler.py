@@ -41,19 +41,27 @@ class Sampler:
         self.seed = fresh if seed is None else require_whole("seed", seed, 0)
         self._generator = np.random.default_rng(self.seed)
 
-    def sample(self, logits: np.ndarray) -> int:
-        """A token from f32[V]; refuses logits that are not numbers."""
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, and nothing drawn."""
+        return self.temperature == 0 or self.top_k == 1
+
+    def draw(self) -> float:
+        """The next uniform number in [0, 1); one a token, wherever it is sampled."""
+        return 0.0 if self.is_greedy else float(self._generator.random())
+
+    def sample(self, logits: np.ndarray, uniform: float | None = None) -> int:
+        """A token from f32[V], by `uniform` or the next draw; refuses what is no number."""
+        uniform = self.draw() if uniform is None else uniform
         best = int(np.argmax(logits))  # the first NaN, where there is one
         if not math.isfinite(logits[best]):
             raise RuntimeRefusal(
                 f"sampler: the logit of token {best} is {logits[best]}, no finite number"
             )
-        if self.temperature == 0 or self.top_k == 1:
+        if self.is_greedy:
             return best
         tokens, p = self.candidates(logits)
-        if len(tokens) == 1:
-            return int(tokens[0])
-        drawn = np.searchsorted(np.cumsum(p), self._generator.random(), side="right")
+        drawn = np.searchsorted(np.cumsum(p), uniform, side="right")
         return int(tokens[min(int(drawn), len(tokens) - 1)])
 
     def candidates(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +73,7 @@ class Sampler:
             exponent = np.where(gap == 0, 0.0, gap / max(self.temperature, 1e-300))
         p = np.exp(exponent)
         p /= p.sum()
-        if self.top_p == 1:
+        if self.top_p == 1 and self.top_k == 0:
             return tokens, p
         # A token below this share is outside the nucleus: all of them sum to < 1 - top_p.
         kept = p * len(p) >= 1 - self.top_p

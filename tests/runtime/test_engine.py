@@ -56,7 +56,7 @@ def test_characters_of_several_bytes_come_whole(engine, monkeypatch):
     tokens = [2 + byte for byte in "né, 漢字 🙂!".encode()]
     drawn = iter(tokens)
     generation = engine.generate("x", max_new_tokens=len(tokens))
-    monkeypatch.setattr(generation.sampler, "sample", lambda logits: next(drawn))
+    monkeypatch.setattr(generation.sampler, "sample", lambda logits, uniform=None: next(drawn))
     assert list(generation) == list("né, 漢字 🙂!")
 
 

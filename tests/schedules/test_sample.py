@@ -1,0 +1,65 @@
+"""sample on a GPU against runtime/sampler.py: the same tokens for the same uniform numbers."""
+
+import numpy as np
+import pytest
+
+from runtime.sampler import Sampler
+from schedules.sample.cuda import LISTED, NOT_FINITE, THREADS, TOO_MANY, kernel
+from schedules.targets import TargetSpec, compute_capability, detect_gpu
+from tests.schedules.compiled import compiled
+
+CAPABILITY = compute_capability()
+pytestmark = pytest.mark.skipif(CAPABILITY is None, reason="needs a GPU and its driver")
+VOCAB = 5000
+
+
+@pytest.fixture
+def target() -> TargetSpec:
+    return detect_gpu(CAPABILITY)
+
+
+def drawn(target, logits, temperature, top_k, top_p, uniform) -> np.ndarray:
+    m = len(logits)
+    settings = [
+        np.full(m, value, dtype)
+        for value, dtype in ((temperature, "f4"), (top_k, "i4"), (top_p, "f4"))
+    ]
+    call = compiled(kernel(logits.shape[1], target), target)
+    return call(logits, *settings, uniform, np.full(m, -9, np.int64))[-1]
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p", [(40, 0.95), (40, 1.0), (THREADS, 0.5), (1, 1.0), (7, 0.01)]
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.1, 0.8, 5.0])
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_same_tokens(target, temperature, top_k, top_p, kind):
+    rng = np.random.default_rng(top_k)
+    logits = rng.standard_normal((64, VOCAB)).astype(np.float32) * 4
+    if kind == "ties":
+        logits = np.rint(logits) * np.float32(0.5) * np.where(logits < 1, 1, -1).astype(np.float32)
+        logits[:, rng.integers(0, VOCAB, 3)] = 11
+    uniform = rng.random(64)
+    found = drawn(target, logits, temperature, top_k, top_p, uniform)
+    sampler = Sampler(temperature, top_k, top_p, seed=0)
+    expected = [sampler.sample(row, u) for row, u in zip(logits, uniform, strict=True)]
+    listed = [(row >= np.sort(row)[-min(top_k, VOCAB)]).sum() <= LISTED for row in logits]
+    matched = [f in (e, TOO_MANY) for f, e in zip(found, expected, strict=True)]
+    assert all(matched)
+    if kind == "normal":
+        assert all(listed) and (found != TOO_MANY).all()
+
+
+def test_what_the_host_must_sample(target):
+    rng = np.random.default_rng(0)
+    logits, uniform = rng.standard_normal((2, VOCAB)).astype(np.float32), np.array([0.1, 0.9])
+    assert drawn(target, logits, 1.0, 0, 1.0, uniform).tolist() == [TOO_MANY] * 2
+    assert drawn(target, logits, 1.0, THREADS + 1, 1.0, uniform).tolist() == [TOO_MANY] * 2
+    assert drawn(target, np.zeros_like(logits), 1.0, 9, 1.0, uniform).tolist() == [TOO_MANY] * 2
+
+
+def test_no_number(target):
+    logits = np.zeros((3, VOCAB), np.float32)
+    logits[0, 7], logits[1, 8], logits[2, 9] = np.nan, np.inf, -np.inf
+    found = drawn(target, logits, 0.0, 9, 1.0, np.zeros(3))
+    assert found.tolist() == [NOT_FINITE, NOT_FINITE, 0]
