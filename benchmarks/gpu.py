@@ -1,6 +1,6 @@
 """Check and time the CUDA kernels on the GPU that is here, side by side with PyTorch's.
 
-    python -m benchmarks.gpu                      everything, a table, and a JSON file in benchmarks/
+    python -m benchmarks.gpu                      everything: a table, and benchmarks/gpu.json
     python -m benchmarks.gpu --only gemv gemm     some groups
 
 Needs a GPU, nvcc, TVM's compiler and a PyTorch with CUDA. Every kernel is checked against PyTorch
@@ -27,6 +27,7 @@ import tvm_ffi
 
 from compiler import nvcc
 from compiler.kernels import Schedule, default_choice
+from runtime import device_code
 from schedules.layouts import LAYOUTS
 from schedules.targets import GpuTarget, find
 
@@ -468,6 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("needs a GPU that PyTorch can use; found none")
+    device_code.install()
     target = find("cuda")
     assert isinstance(target, GpuTarget)
     bench = Bench(target, nvcc.find_nvcc(target))

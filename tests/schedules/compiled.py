@@ -12,6 +12,7 @@ import pytest
 import tvm
 
 from compiler import nvcc
+from runtime import device_code
 from schedules.targets import TARGETS, CpuTarget, GpuTarget, TargetSpec, compute_capability
 from tests.arm import emulator
 
@@ -22,6 +23,8 @@ ROWS = (0, 1, 2, 5, 33, 128)  # none, decode, and prefills that no tile divides
 EMULATED = "aarch64"  # the machine whose kernels any host runs
 # Boards' kernels are those of their instruction set
 CPU_ROWS = [row for row in TARGETS.values() if isinstance(row, CpuTarget) and not row.is_board]
+if compute_capability():
+    device_code.install()
 # By the PTX in it, a build for sm_80 runs on every later GPU
 GPU_ROWS = [TARGETS["cuda-sm80"], TARGETS["cuda-sm90"]]
 
