@@ -25,7 +25,7 @@ def add_sampler(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule
         return mod
     vocab = vocabulary(mod)
     rows, builder = tirx.Var("m", "int64"), relax.BlockBuilder(mod)
-    func = kernel(vocab, target).with_attr("op_pattern", 8)
+    func = kernel(vocab, target).with_attrs({"op_pattern": 8, "global_symbol": KERNEL})
     gv = builder.add_func(func, KERNEL)
     params = [
         relax.Var("logits", relax.TensorType([rows, vocab], "float32")),
