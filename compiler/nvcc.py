@@ -22,7 +22,8 @@ import tvm_ffi
 from compiler.config import BuildError
 from schedules.targets import GpuTarget
 
-CALLBACK = "tvm_callback_cuda_postproc"  # TVM calls it with the source of all kernels
+AT_BUILD = "tvm_callback_cuda_postproc"  # TVM calls it with the source of all kernels
+AT_USE = "tvm_callback_cuda_compile"  # and this with what the former made of it
 PREFIX = "fatbin:"  # what runtime/device_code.py knows the text by
 FLAGS = ("-O3", "--std=c++17", "--expt-relaxed-constexpr", "--threads=0")
 
@@ -62,16 +63,30 @@ def compile_fat(source: str, archs: Sequence[str], nvcc: str) -> bytes:
         return binary.read_bytes()
 
 
+def to_text(binary: bytes) -> str:
+    return f"{PREFIX}{base64.b64encode(binary).decode('ascii')}\n"
+
+
+def to_binary(text: str) -> bytes:
+    return base64.b64decode(text.removeprefix(PREFIX))
+
+
 @contextmanager
 def compiling_for(target: GpuTarget, nvcc: str) -> Iterator[None]:
-    """Within the block, TVM puts binaries where it would put sources."""
+    """Within the block, TVM puts binaries where it would put sources.
+
+    Where a GPU is, TVM asks for the binary as soon as the module is made.
+    """
 
     def compile_source(source: str, _: object) -> str:
-        binary = base64.b64encode(compile_fat(source, target.archs, nvcc))
-        return f"{PREFIX}{binary.decode('ascii')}\n"
+        return to_text(compile_fat(source, target.archs, nvcc))
 
-    tvm_ffi.register_global_func(CALLBACK, compile_source, override=True)
+    before = tvm_ffi.get_global_func(AT_USE, allow_missing=True)
+    tvm_ffi.register_global_func(AT_BUILD, compile_source, override=True)
+    tvm_ffi.register_global_func(AT_USE, to_binary, override=True)
     try:
         yield
     finally:
-        tvm_ffi.remove_global_func(CALLBACK)
+        tvm_ffi.remove_global_func(AT_BUILD)
+        if before is not None:
+            tvm_ffi.register_global_func(AT_USE, before, override=True)
