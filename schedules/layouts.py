@@ -5,13 +5,16 @@
     pair_nibble  | (ceil(N/64), P, 32)      | low nibble of byte j = 3(w[n, 2p]+1) + w[n, 2p+1]+1
                  |                          | for n = 64b+j; high nibble for row 64b+32+j
     columns_2bit | (K, ceil(N/128), 32)     | bits 2f.. of byte j = w[128b+32f+j, k] + 1
+    quads_2bit   | (ceil(N/64), Q, 64)      | bits 2f.. of byte 4j+i = w[64b+16f+j, 4q+i] + 1
     tiles_2bit   | (ceil(N/16),             | bits 2i.. of byte 64g + 16t + 8v + 4h + j
                  |  ceil(K/128), 512)       | = w[16a + 8h + g, 128c + 64v + 16i + 4t + j] + 1
 
 `tiles_2bit` is the order of the fragments of a tensor core's 16 x 32 operand: 16 bytes a lane are
 two 64-column runs (v) of two rows (h), a load of 512 neighbouring bytes a warp.
-P = ceil(K/2) rounded up to a multiple of 7, the pairs that an 8-bit sum holds. N and K are padded
-with zero weights. Packing combines bytes first and transposes the packed quarter afterwards.
+
+P = ceil(K/2) rounded up to a multiple of 7, the pairs that an 8-bit sum holds; Q = ceil(K/4)
+rounded up to a multiple of 16, the rows of an AMX tile. N and K are padded with zero weights.
+Packing combines bytes first and transposes the packed quarter afterwards.
 """
 
 from collections.abc import Callable
@@ -115,12 +118,40 @@ def _tiles_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
     return code.reshape(16 * tiles, 128 * chunks)[:n, :k].astype(np.int8) - np.int8(1)
 
 
+QUAD_GROUP = 16
+
+
+def num_quads(k: int) -> int:
+    """Quads of columns in `quads_2bit`, a whole number of groups."""
+    return -(-k // (4 * QUAD_GROUP)) * QUAD_GROUP
+
+
+def _quads_2bit_shape(n: int, k: int) -> tuple[int, ...]:
+    return -(-n // 64), num_quads(k), 64
+
+
+def _quads_2bit_pack(w: np.ndarray) -> np.ndarray:
+    blocks, quads, _ = _quads_2bit_shape(*w.shape)
+    field = _padded(w, 64, 4 * quads).reshape(blocks, 4, 16, 4 * quads)
+    byte = field[:, 0] | field[:, 1] << 2 | field[:, 2] << 4 | field[:, 3] << 6
+    quad = byte.reshape(blocks, 16, quads, 4).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(quad).reshape(blocks, quads, 64)
+
+
+def _quads_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    blocks, quads, _ = packed.shape
+    byte = packed.reshape(blocks, quads, 16, 4).transpose(0, 2, 1, 3)
+    code = np.stack([byte >> (2 * f) & 3 for f in range(4)], axis=1)
+    return code.reshape(64 * blocks, 4 * quads)[:n, :k].astype(np.int8) - np.int8(1)
+
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("rows_2bit", _rows_2bit_shape, _rows_2bit_pack, _rows_2bit_unpack),
         Layout("pair_nibble", _pair_nibble_shape, _pair_nibble_pack, _pair_nibble_unpack),
         Layout("columns_2bit", _columns_2bit_shape, _columns_2bit_pack, _columns_2bit_unpack),
+        Layout("quads_2bit", _quads_2bit_shape, _quads_2bit_pack, _quads_2bit_unpack),
         Layout("tiles_2bit", _tiles_2bit_shape, _tiles_2bit_pack, _tiles_2bit_unpack),
     )
 }

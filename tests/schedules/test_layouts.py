@@ -25,12 +25,18 @@ def columns_2bit(p, n, k):
     return (int(p[k, n // 128, n % 32]) >> 2 * (n % 128 // 32) & 3) - 1
 
 
+def quads_2bit(p, n, k):
+    return (int(p[n // 64, k // 4, n % 16 * 4 + k % 4]) >> 2 * (n % 64 // 16) & 3) - 1
+
+
 def tiles_2bit(p, n, k):
     byte = 64 * (n % 8) + 16 * (k % 16 // 4) + 8 * (k % 128 // 64) + 4 * (n % 16 // 8) + k % 4
     return (int(p[n // 16, k // 128, byte]) >> 2 * (k % 64 // 16) & 3) - 1
 
 
-DEFINITIONS = {f.__name__: f for f in (rows_2bit, pair_nibble, columns_2bit, tiles_2bit)}
+DEFINITIONS = {
+    f.__name__: f for f in (rows_2bit, pair_nibble, columns_2bit, quads_2bit, tiles_2bit)
+}
 PADDING = dict.fromkeys(DEFINITIONS, 0b01010101) | {"pair_nibble": 4 * 17}
 
 
