@@ -85,7 +85,7 @@ class Cuda:
     """The first GPU. Refuses where there is none, or none that the library was built for."""
 
     def __init__(self, archs: Sequence[str]) -> None:
-        self.handle = tvm_runtime.load().cuda(0)
+        self.handle = tvm_runtime.load_cuda()
         if not self.handle.exist:
             raise ArtifactError(
                 "device: the artifact is for CUDA; found no GPU or no driver on this "

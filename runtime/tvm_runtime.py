@@ -6,8 +6,10 @@ installed, torch. TVM_USE_RUNTIME_LIB=1 keeps out the first, a None in `sys.modu
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 import threading
@@ -37,6 +39,34 @@ def load() -> ModuleType:
     importlib.import_module("tvm.runtime.vm")
     device_code.install()
     return sys.modules["tvm"]
+
+
+def load_cuda() -> Any:
+    """TVM's first GPU. Its part of the runtime is a library of its own, which needs CUDA's.
+
+    Raises ArtifactError where that library is not to be had: without a driver, for one.
+    """
+    tvm = load()
+    if tvm.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
+        library = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+        try:
+            for cudart in _packaged_cudart():
+                ctypes.CDLL(str(cudart), ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise ArtifactError(
+                f"device: the artifact is for CUDA; cannot load {library.name}: {error}; possible: "
+                "a host with an NVIDIA driver and CUDA 13's runtime (pip install "
+                "nvidia-cuda-runtime), or a build with --target native"
+            ) from error
+    return tvm.cuda(0)
+
+
+def _packaged_cudart() -> list[Path]:
+    """CUDA's runtime as pip installs it, which the loader would not find by itself."""
+    found = importlib.util.find_spec("nvidia")
+    places = found.submodule_search_locations if found else None
+    return [path for place in places or () for path in Path(place).glob("cu13/lib/libcudart.so.13")]
 
 
 @contextlib.contextmanager

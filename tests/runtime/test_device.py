@@ -7,6 +7,7 @@ import pytest
 
 from runtime import ArtifactError, RuntimeRefusal, tvm_runtime
 from runtime.device import Cpu, Cuda, runs_on
+from schedules.targets import compute_capability
 
 GIB = 2**30
 
@@ -22,8 +23,8 @@ def fake_gpu(monkeypatch):
     def install(exist=True, compute_version="9.0", free=80 * GIB):
         gpu = FakeGpu(exist=exist, compute_version=compute_version, available_global_memory=free)
         runtime = SimpleNamespace(tensor=lambda array, device: FakeTensor(array))
-        fake = SimpleNamespace(cuda=lambda index: gpu, runtime=runtime)
-        monkeypatch.setattr(tvm_runtime, "load", lambda: fake)
+        monkeypatch.setattr(tvm_runtime, "load", lambda: SimpleNamespace(runtime=runtime))
+        monkeypatch.setattr(tvm_runtime, "load_cuda", lambda: gpu)
 
     return install
 
@@ -54,6 +55,12 @@ class FakeTensor:
 )
 def test_runs_on(arch, capability, has_ptx, expected):
     assert runs_on(arch, capability, has_ptx) == expected
+
+
+@pytest.mark.skipif(compute_capability() is not None, reason="this host has a GPU")
+def test_no_driver():
+    with pytest.raises(ArtifactError, match=r"cannot load libtvm_runtime_cuda\.so: .*--target nat"):
+        Cuda(["sm_90a"])
 
 
 def test_no_gpu(fake_gpu):
