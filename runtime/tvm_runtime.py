@@ -48,7 +48,7 @@ def load_cuda() -> Any:
     """
     tvm = load()
     if tvm.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
-        library = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+        library = Path(str(tvm.__file__)).parent / "lib" / "libtvm_runtime_cuda.so"
         try:
             for cudart in _packaged_cudart():
                 ctypes.CDLL(str(cudart), ctypes.RTLD_GLOBAL)

@@ -9,10 +9,9 @@ from compiler import kernels as choosing
 from compiler.kernels import Choice, Recorded, Schedule, default_choice, using, version_of
 from compiler.ops import OPS
 from schedules.int8_matmul import generic
-from schedules.targets import TARGETS, CpuTarget
+from schedules.targets import TARGETS
 
 GENERIC = TARGETS["generic"]
-CPUS = [name for name, spec in TARGETS.items() if isinstance(spec, CpuTarget)]
 
 
 def legalized(target: str, *names: str, lookup=choosing.no_records):
@@ -39,7 +38,7 @@ def test_each_kernel_is_built_once():
     ]
 
 
-@pytest.mark.parametrize("target", CPUS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_family_is_the_first_that_has_a_schedule(target):
     _, record = legalized(target, "int8_matmul")
     default = default_choice("int8_matmul", TARGETS[target].families)

@@ -6,9 +6,8 @@ import tvm
 from compiler.kernels import using
 from compiler.passes.pack_weights import pack_weights
 from schedules.layouts import LAYOUTS
-from schedules.targets import TARGETS, CpuTarget
+from schedules.targets import TARGETS
 
-CPUS = [spec for spec in TARGETS.values() if isinstance(spec, CpuTarget)]
 NAMES = ["norm", "gate.w", "gate.scale", "up.w", "up.scale"]
 
 
@@ -39,7 +38,7 @@ class Module:
 """)
 
 
-@pytest.mark.parametrize("target", CPUS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
 def test_parameters_get_the_layout_of_the_kernel(target):
     names = f'{{"param_names": {NAMES}}}'.replace("'", '"')
     with using(target):
