@@ -184,9 +184,13 @@ def ptx(instruction: str, *operands, **options) -> None:
 
 
 def shared_bytes(size: int) -> Expr:
-    """The address of `size` bytes of the block's dynamic shared memory; one call a kernel."""
+    """The address of `size` bytes of the block's dynamic shared memory; one call a kernel.
+
+    By its data: TVM shrinks a buffer to the elements that it sees accessed. The root block then has
+    to say `T.reads()` and `T.writes()` itself.
+    """
     memory = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
-    return T.bind(T.cuda.cvta_generic_to_shared(T.address_of(memory[0])))
+    return T.bind(T.cuda.cvta_generic_to_shared(memory.data))
 
 
 def load_16_bytes(registers: Buffer, first: int, address: Expr, **options) -> None:

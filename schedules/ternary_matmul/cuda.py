@@ -298,6 +298,8 @@ def kernel(n: int, k: int, act_bits: int, target: GpuTarget, epilogue: str) -> P
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         with T.sblock("root"):
+            T.reads()
+            T.writes()
             by_rows(q, scale, w, w_scale, extra, out)
 
     return end.finish(ternary_matmul)
