@@ -7,10 +7,11 @@
     columns_2bit | (K, ceil(N/128), 32)     | bits 2f.. of byte j = w[128b+32f+j, k] + 1
     quads_2bit   | (ceil(N/64), Q, 64)      | bits 2f.. of byte 4j+i = w[64b+16f+j, 4q+i] + 1
     tiles_2bit   | (ceil(N/16),             | bits 2i.. of byte 64g + 16t + 8v + 4h + j
-                 |  ceil(K/128), 512)       | = w[16a + 8h + g, 128c + 64v + 16i + 4t + j] + 1
+                 |  ceil(K/128), 512)       | = w[16a + 8h + g, 128c + 64v + 16i + 4t + j] & 3
 
 `tiles_2bit` is the order of the fragments of a tensor core's 16 x 32 operand: 16 bytes a lane are
-two 64-column runs (v) of two rows (h), a load of 512 neighbouring bytes a warp.
+two 64-column runs (v) of two rows (h), a load of 512 neighbouring bytes a warp. Its codes are two's
+complement: as the top bits of a byte they are 64 w.
 
 P = ceil(K/2) rounded up to a multiple of 7, the pairs that an 8-bit sum holds; Q = ceil(K/4)
 rounded up to a multiple of 16, the rows of an AMX tile. N and K are padded with zero weights.
@@ -105,7 +106,8 @@ def _tiles_2bit_shape(n: int, k: int) -> tuple[int, ...]:
 
 def _tiles_2bit_pack(w: np.ndarray) -> np.ndarray:
     tiles, chunks, _ = _tiles_2bit_shape(*w.shape)
-    field = _padded(w, 16, 128 * chunks).reshape(tiles, 2, 8, chunks, 2, 4, 4, 4)  # hg cvi tj
+    code = (_padded(w, 16, 128 * chunks) - np.uint8(1)) & np.uint8(3)
+    field = code.reshape(tiles, 2, 8, chunks, 2, 4, 4, 4)  # hg cvi tj
     byte = field[..., 0, :, :] | field[..., 1, :, :] << 2
     byte |= field[..., 2, :, :] << 4 | field[..., 3, :, :] << 6
     return np.ascontiguousarray(byte.transpose(0, 3, 2, 5, 4, 1, 6)).reshape(tiles, chunks, 512)
@@ -114,8 +116,8 @@ def _tiles_2bit_pack(w: np.ndarray) -> np.ndarray:
 def _tiles_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
     tiles, chunks, _ = packed.shape
     byte = packed.reshape(tiles, chunks, 8, 4, 2, 2, 4).transpose(0, 5, 2, 1, 4, 3, 6)  # hg cv tj
-    code = np.stack([byte >> (2 * i) & 3 for i in range(4)], axis=5)
-    return code.reshape(16 * tiles, 128 * chunks)[:n, :k].astype(np.int8) - np.int8(1)
+    code = np.stack([byte << (6 - 2 * i) for i in range(4)], axis=5).view(np.int8) >> 6
+    return code.reshape(16 * tiles, 128 * chunks)[:n, :k].copy()
 
 
 QUAD_GROUP = 16

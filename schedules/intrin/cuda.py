@@ -219,7 +219,7 @@ def load_matrices(registers: Buffer, first: int, address: Expr) -> None:
     ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *four, address)
 
 
-def multiply(acc: Buffer, first: int, a: Sequence[Expr], b: Sequence[Expr], kind="u8") -> None:
-    """acc[first : first + 4] += a . b: 16 x 32 bytes of `kind` times 32 x 8 signed bytes."""
+def multiply(acc: Buffer, first: int, a: Sequence[Expr], b: Sequence[Expr]) -> None:
+    """acc[first : first + 4] += a . b: 16 x 32 signed bytes times 32 x 8."""
     c = [acc[first + i] for i in range(4)]
-    ptx(f"mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s8.s32", *c, *a, *b, *c)
+    ptx("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", *c, *a, *b, *c)

@@ -7,18 +7,16 @@
                 x[T, 128 D] -> shared                cp.async, the warp's own
                 for chunk in D:                      128 columns
                     b = ldmatrix(x)                  8 registers for 8 tokens
-                    acc[R, T/8] += (w >> 2i & 3) . b     mma m16n8k32, i in 4
-        out[T, 16 R] = epilogue(sum of acc over warps - sum of x)      shared memory
+                    acc[R, T/8] += (w << 6 - 2i & 0xC0) . b      mma m16n8k32, i in 4
+        out[T, 16 R] = epilogue(sum of acc over warps / 64)      shared memory
 
-    form         | T  | R | fields | M
-    one token    | 1  | 1 | apart  | 1
-    some tokens  | 8  | 2 | shifted| 2 to 8
-    many tokens  | 16 | 2 | shifted| more
+    form         | T  | R | M
+    one token    | 1  | 1 | 1
+    some tokens  | 8  | 2 | 2 to 8
+    many tokens  | 16 | 2 | more
 
-The codes are w + 1, so the sum of x, which one more mma with a matrix of ones adds up for every
-token, is taken off at the end. With one token a field is masked and not shifted: the four fields
-have accumulators of their own, which are 4^i too large. Both are exact: |acc| < 2^14 K, int32 for
-K < 2^17.
+A code in the top bits of a byte is 64 w, so a field costs a shift and a mask and the sum is 64
+times too large: |acc| < 2^13 K, int32 for K < 2^18.
 """
 
 from dataclasses import dataclass
@@ -37,8 +35,8 @@ TILE = 16  # rows of weights of a tensor core's operand
 CHUNK = 128  # columns that 16 bytes a lane hold
 CHUNK_BYTES = 512
 FIELDS = 4
-MASK = 0x03030303
-ONES = 0x01010101
+MASK = 0xC0C0C0C0
+WEIGHT_BITS = 6  # a weight is multiplied as 2^6 w
 MAX_WARPS = 16
 
 
@@ -74,11 +72,6 @@ class Form:
     def columns(self) -> int:
         """Groups of 8 tokens."""
         return -(-self.tokens // 8)
-
-    @property
-    def fields(self) -> int:
-        """Accumulators a tile: one for every field where fields are not shifted."""
-        return FIELDS if self.tokens == 1 else 1
 
     @property
     def rounds(self) -> int:
@@ -127,14 +120,11 @@ class Block:
         self.warp, self.lane = warp, lane
         self.base = cuda.shared_bytes(form.shared_bytes)
         self.mine = T.bind(self.base + T.cast(warp * form.warp_bytes, "uint32"))
-        accumulators = form.tiles * form.columns * form.fields
-        self.acc = cuda.local("uint32", 4 * accumulators)
-        self.ones = cuda.local("uint32", 4 * form.columns)
+        self.acc = cuda.local("uint32", 4 * form.tiles * form.columns)
         self.weights = cuda.local("uint32", 4 * form.depth * form.tiles)
         self.x = cuda.local("uint32", 8)
-        for buffer in (self.acc, self.ones):
-            with T.unroll(buffer.shape[0]) as i:
-                cuda.store(buffer, T.uint32(0), i)
+        for i in range(4 * form.tiles * form.columns):
+            cuda.store(self.acc, T.uint32(0), i)
 
     def accumulate(self) -> None:
         form = self.form
@@ -188,25 +178,10 @@ class Block:
             cuda.load_matrices(self.x, 4 * v, at)
         for i in range(FIELDS):
             b = self.x[i], self.x[4 + i]
-            cuda.multiply(self.ones, 4 * group, [T.uint32(ONES)] * 4, b)
             for r in range(form.tiles):
-                words = [self.weights[4 * (d * form.tiles + r) + j] for j in range(4)]
-                acc = r * form.columns + group
-                if form.fields == FIELDS:
-                    a = [word & T.uint32(MASK << 2 * i) for word in words]
-                    cuda.multiply(self.acc, 4 * (acc * FIELDS + i), a, b)
-                else:
-                    a = [word >> T.uint32(2 * i) & T.uint32(MASK) for word in words]
-                    cuda.multiply(self.acc, 4 * acc, a, b)
-
-    def _sum(self, r: int, group: int, i: int) -> Expr:
-        """Register i of a tile's accumulator: the sum of q w over the warp's columns."""
-        form, first = self.form, r * self.form.columns + group
-        total = -T.reinterpret("int32", self.ones[4 * group + i])
-        for field in range(form.fields):
-            part = T.reinterpret("int32", self.acc[4 * (first * form.fields + field) + i])
-            total = total + T.shift_right(part, 2 * field)
-        return total
+                first = 4 * (d * form.tiles + r)
+                a = [field(self.weights[first + j], i) for j in range(4)]
+                cuda.multiply(self.acc, 4 * (r * form.columns + group), a, b)
 
     def _sum_address(self, warp, token, row) -> Expr:
         rows = self.form.tiles * TILE
@@ -221,7 +196,7 @@ class Block:
                 for i in range(4):
                     row = r * TILE + self.lane // 4 + i // 2 * 8
                     token = 8 * group + self.lane % 4 * 2 + i % 2
-                    value = T.reinterpret("uint32", self._sum(r, group, i))
+                    value = self.acc[4 * (r * form.columns + group) + i]
                     if form.tokens > 1:
                         cuda.ptx("st.shared.b32", self._sum_address(self.warp, token, row), value)
                     elif i % 2 == 0:
@@ -244,8 +219,15 @@ class Block:
                     cuda.ptx("ld.shared.b32", word[0], self._sum_address(warp, token, row))
                     cuda.store(total, total[0] + T.reinterpret("int32", word[0]), 0)
                 other = extra[m, n] if end.extra else None
-                y = end.value(T.cast(total[0], "float32"), scale[m] * w_scale[n], other)
+                acc = T.shift_right(total[0], WEIGHT_BITS)
+                y = end.value(T.cast(acc, "float32"), scale[m] * w_scale[n], other)
                 cuda.store(out, y, m, n)
+
+
+def field(word: Expr, i: int) -> Expr:
+    """2^6 times the weights of field i, a signed byte each."""
+    shift = WEIGHT_BITS - 2 * i
+    return (word << T.uint32(shift) if shift else word) & T.uint32(MASK)
 
 
 def copy_odd_bytes(q, rows, k: int, row, column, to) -> None:

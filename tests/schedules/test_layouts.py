@@ -31,13 +31,13 @@ def quads_2bit(p, n, k):
 
 def tiles_2bit(p, n, k):
     byte = 64 * (n % 8) + 16 * (k % 16 // 4) + 8 * (k % 128 // 64) + 4 * (n % 16 // 8) + k % 4
-    return (int(p[n // 16, k // 128, byte]) >> 2 * (k % 64 // 16) & 3) - 1
+    return {0: 0, 1: 1, 3: -1}[int(p[n // 16, k // 128, byte]) >> 2 * (k % 64 // 16) & 3]
 
 
 DEFINITIONS = {
     f.__name__: f for f in (rows_2bit, pair_nibble, columns_2bit, quads_2bit, tiles_2bit)
 }
-PADDING = dict.fromkeys(DEFINITIONS, 0b01010101) | {"pair_nibble": 4 * 17}
+PADDING = dict.fromkeys(DEFINITIONS, 0b01010101) | {"pair_nibble": 4 * 17, "tiles_2bit": 0}
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (3, 5), (65, 29), (130, 15), (128, 16)])
