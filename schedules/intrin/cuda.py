@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
@@ -16,6 +17,8 @@ from tvm.tirx import Buffer
 WARP = 32
 MAX_THREADS = 1024
 FULL_MASK = 0xFFFFFFFF
+SWIZZLE_128 = 1
+ROWS_8_BYTES = 8 * 128  # from one group of 8 rows to the next
 
 
 def blocks(count: Expr | int, axis: str = "x"):
@@ -35,6 +38,10 @@ def when(condition: Expr) -> Iterator[None]:
     """One frame where `T.If` and `T.Then` are two."""
     with T.If(condition), T.Then():
         yield
+
+
+def both(a: Expr, b: Expr) -> Expr:
+    return tirx.all(a, b)
 
 
 @contextmanager
@@ -223,3 +230,13 @@ def multiply(acc: Buffer, first: int, a: Sequence[Expr], b: Sequence[Expr]) -> N
     """acc[first : first + 4] += a . b: 16 x 32 signed bytes times 32 x 8."""
     c = [acc[first + i] for i in range(4)]
     ptx("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", *c, *a, *b, *c)
+
+
+def swizzled_matrix(address: Expr) -> Expr:
+    """wgmma's descriptor of a K-major matrix of 128-byte rows under the 128-byte swizzle.
+
+    https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-shared-memory-layout-matrix-descriptor
+    """
+    layout = SWIZZLE_128 << 62 | ROWS_8_BYTES >> 4 << 32 | 1 << 16
+    start = T.shift_right(address & T.uint32(0x3FFFF), T.uint32(4))
+    return T.cast(start, "uint64") | T.uint64(layout)

@@ -242,32 +242,34 @@ def copy_odd_bytes(q, rows, k: int, row, column, to) -> None:
         cuda.ptx("st.shared.b32", to + T.uint32(4 * word), value)
 
 
+def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) -> None:
+    with cuda.blocks(-(-form.shape.tiles // form.tiles)) as b:
+        with cuda.blocks(T.ceildiv(rows, form.tokens), "y") as c:
+            with cuda.threads(form.warps, "y") as warp:
+                with cuda.threads(cuda.WARP) as lane:
+                    block = Block(form, q, w, rows, b, c, warp, lane)
+                    block.accumulate()
+                    block.share()
+                    block.finish(end, scale, w_scale, extra, out)
+
+
+def launch_small_batch(shape: Shape, rows, end: Epilogue, *tensors) -> None:
+    """The form for this many tokens, chosen when the kernel is launched."""
+    with T.If(rows == 1):
+        with T.Then():
+            launch(one_token(shape), rows, end, *tensors)
+        with T.Else():
+            with T.If(rows <= 8):
+                with T.Then():
+                    with cuda.some_rows(rows):
+                        launch(some_tokens(shape, 8), rows, end, *tensors)
+                with T.Else():
+                    launch(some_tokens(shape, 16), rows, end, *tensors)
+
+
 def kernel(n: int, k: int, act_bits: int, target: GpuTarget, epilogue: str) -> PrimFunc:
     end = EPILOGUES[epilogue]
     shape, rows = Shape(n, k), Var("M", "int64")
-
-    def launch(form: Form, q, scale, w, w_scale, extra, out):
-        with cuda.blocks(-(-shape.tiles // form.tiles)) as b:
-            with cuda.blocks(T.ceildiv(rows, form.tokens), "y") as c:
-                with cuda.threads(form.warps, "y") as warp:
-                    with cuda.threads(cuda.WARP) as lane:
-                        block = Block(form, q, w, rows, b, c, warp, lane)
-                        block.accumulate()
-                        block.share()
-                        block.finish(end, scale, w_scale, extra, out)
-
-    def by_rows(*tensors):
-        """The form for this many tokens, chosen when the kernel is launched."""
-        with T.If(rows == 1):
-            with T.Then():
-                launch(one_token(shape), *tensors)
-            with T.Else():
-                with T.If(rows <= 8):
-                    with T.Then():
-                        with cuda.some_rows(rows):
-                            launch(some_tokens(shape, 8), *tensors)
-                    with T.Else():
-                        launch(some_tokens(shape, 16), *tensors)
 
     @T.prim_func(s_tir=True)
     def ternary_matmul(
@@ -282,6 +284,6 @@ def kernel(n: int, k: int, act_bits: int, target: GpuTarget, epilogue: str) -> P
         with T.sblock("root"):
             T.reads()
             T.writes()
-            by_rows(q, scale, w, w_scale, extra, out)
+            launch_small_batch(shape, rows, end, q, scale, w, w_scale, extra, out)
 
     return end.finish(ternary_matmul)
