@@ -36,6 +36,9 @@ class Device(Protocol):
     def inputs(self, step: str, arrays: Sequence[np.ndarray]) -> list[Any]:
         """Tensors with these values for one call of `step`."""
 
+    def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
+        """Whether the next call of `step` is the first of its row count, and will be captured."""
+
     def fetch(self, tensor: Any) -> np.ndarray:
         """A tensor's values, valid until the next step."""
 
@@ -73,6 +76,9 @@ class Cpu:
 
     def inputs(self, step: str, arrays: Sequence[np.ndarray]) -> list[Any]:
         return [tvm_runtime.copy(array) for array in arrays]
+
+    def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
+        return False
 
     def fetch(self, tensor: Any) -> np.ndarray:
         return tvm_runtime.view(tensor)
@@ -118,13 +124,20 @@ class Cuda:
         return self.place(np.zeros(shape, dtype) for dtype, shape in wanted)
 
     def inputs(self, step: str, arrays: Sequence[np.ndarray]) -> list[Any]:
-        key = (step, *(len(array) for array in arrays))
+        key = self._key(step, arrays)
         if key not in self._inputs:
             self._inputs[key] = self.place(arrays)
         else:
             for tensor, array in zip(self._inputs[key], arrays, strict=True):
                 tensor.copyfrom(array)
         return self._inputs[key]
+
+    def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
+        return self._key(step, arrays) not in self._inputs
+
+    @staticmethod
+    def _key(step: str, arrays: Sequence[np.ndarray]) -> tuple:
+        return (step, *(len(array) for array in arrays))
 
     def fetch(self, tensor: Any) -> np.ndarray:
         return tensor.numpy()

@@ -90,8 +90,10 @@ def test_inputs_keep_their_tensors(fake_gpu):
     """A captured graph reads the addresses of its first call."""
     fake_gpu()
     gpu = Cuda(["sm_90a"])
+    assert gpu.is_new("decode", [np.array([1, 2]), np.array([0, 1])])
     first = gpu.inputs("decode", [np.array([1, 2]), np.array([0, 1])])
     again = gpu.inputs("decode", [np.array([3, 4]), np.array([5, 6])])
+    assert not gpu.is_new("decode", [np.array([3, 4]), np.array([5, 6])])
     assert [a is b for a, b in zip(first, again, strict=True)] == [True, True]
     assert [tensor.numpy().tolist() for tensor in again] == [[3, 4], [5, 6]]
     assert gpu.inputs("decode", [np.array([1]), np.array([1])])[0] is not first[0]
