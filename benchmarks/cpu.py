@@ -1,0 +1,379 @@
+"""Measure this host's CPU beside llama.cpp: whole models and single kernels, interleaved.
+
+    python -m compiler.build --model DIR -o dist/mine
+    python -m benchmarks.cpu dist/mine --peer-python VENV/bin/python -o results/
+    python -m benchmarks.cpu dist/mine --only kernels -t 2 -r 9
+
+The peer is llama-cpp-python, built from its sdist in a Python of the user's choice (benchmarks/
+llama_cpp_peer.py says what it needs); without `--peer-python` ours runs alone. Its models have the
+artifact's shape, random weights in TQ2_0 and TQ1_0 and the head in Q6_K; they are written beside
+the results. Each engine is a process of its own; each repetition asks every engine once, in turn,
+so that a noisy spell meets all of them. Numbers are medians, with the range; ratios are of medians.
+Writes cpu.md, cpu.json (every sample) and three plots to the output directory, the table to stdout.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.worker import Worker, WorkerError
+
+HERE = Path(__file__).resolve().parent
+OURS, PEERS = "ours", ("TQ2_0", "TQ1_0")
+STREAM_BYTES = 1 << 29
+COLD_BYTES = 300e6  # that the copies of a kernel's weights take: past every cache
+MOST_COPIES = 1000  # a graph of ggml holds 2048 nodes
+GEMM_TOKENS = (128, 512)
+ZEROS = (0.5, 0.84, 0.92)  # at down_proj: half, the paper's 7B, the shipped model's
+LAUNCHES = 2000
+DECODE_STEPS = 16
+GROUPS = ("model", "context", "kernels")
+
+
+@dataclass
+class Row:
+    """One measurement of several engines. Samples are seconds; `amount` of `unit` was done in
+    each, at least `floor` bytes had to be read for it."""
+
+    group: str
+    test: str
+    threads: int
+    amount: float
+    unit: str
+    samples: dict[str, list[float]]
+    floor: dict[str, float] = field(default_factory=dict)
+
+    def rate(self, engine: str) -> float:
+        return self.amount / statistics.median(self.samples[engine])
+
+    def spread(self, engine: str) -> tuple[float, float]:
+        found = self.samples[engine]
+        return self.amount / max(found), self.amount / min(found)
+
+
+class Bench:
+    """The workers and what has been measured."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.rows: list[Row] = []
+        self.bandwidth: dict[int, float] = {}  # threads -> bytes/s of the streaming read
+        self.workers = {OURS: Worker(OURS, sys.executable, HERE / "cpu_worker.py")}
+        if options.peer_python:
+            for kind in PEERS:
+                script = HERE / "llama_cpp_peer.py"
+                self.workers[kind] = Worker(kind, options.peer_python, script)
+        self.shape = json.loads((options.artifact / "config.json").read_text(encoding="utf-8"))
+        self.manifest = json.loads((options.artifact / "artifact.json").read_text(encoding="utf-8"))
+        self.versions = {
+            name: worker.ask("hello")["version"]
+            for name, worker in self.workers.items()
+            if name != OURS
+        }
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+    def measure(self, engines: Sequence[str], ask: Callable[[Worker], float]) -> dict:
+        """Samples of each engine, one repetition of all after another, the first thrown away."""
+        samples: dict[str, list[float]] = {name: [] for name in engines}
+        for repetition in range(self.options.repetitions + 1):
+            for name in engines:
+                seconds = ask(self.workers[name])
+                if repetition:
+                    samples[name].append(seconds)
+        return samples
+
+    def add(self, *args: Any, **options: Any) -> None:
+        row = Row(*args, **options)
+        self.rows.append(row)
+        print(show_row(self, row), file=sys.stderr)
+
+    def kernel(self, group: str, test: str, amount: float, unit: str, ask: dict, floor: float):
+        """Prepared kernels of the engines in `ask`, at every number of threads."""
+        for name, request in ask.items():
+            self.workers[name].ask("prepare", **request)
+        for threads in self.options.threads:
+            samples = self.measure(
+                list(ask), lambda worker, t=threads: worker.ask("kernel", threads=t)["seconds"]
+            )
+            floors = {} if floor == 0 else dict.fromkeys(ask, floor)
+            self.add(group, test, threads, amount, unit, samples, floor=floors)
+
+
+def measure_stream(bench: Bench) -> None:
+    ask = {OURS: {"kind": "stream", "nbytes": STREAM_BYTES}}
+    bench.kernel("kernels", "streaming read", STREAM_BYTES / 1e9, "GB", ask, STREAM_BYTES)
+    for row in bench.rows:
+        bench.bandwidth[row.threads] = STREAM_BYTES / min(row.samples[OURS])
+
+
+def cold_copies(nbytes: float) -> int:
+    return min(MOST_COPIES, max(2, int(COLD_BYTES / nbytes)))
+
+
+def measure_kernels(bench: Bench) -> None:
+    hidden, glu = bench.shape["hidden_size"], bench.shape["intermediate_size"]
+    size = bench.shape["head_dim"]
+    kv = bench.shape["num_key_value_heads"] * size
+    peers = [name for name in bench.workers if name != OURS]
+    for n, k in dict.fromkeys([(hidden, hidden), (kv, hidden), (glu, hidden), (hidden, glu)]):
+        for m in (1, *GEMM_TOKENS):
+            copies = cold_copies(n * k / 4) if m == 1 else 2
+            for act_bits in (4, 8):
+                ask = {
+                    OURS: {"kind": "matmul", "act_bits": act_bits},
+                    **{name: {"kind": name} for name in peers},
+                }
+                ask = {
+                    name: r | {"n": n, "k": k, "m": m, "copies": copies} for name, r in ask.items()
+                }
+                test = f"{n}x{k}, {m} token{'s' * (m > 1)}, INT{act_bits}"
+                floor = n * k / 4 if m == 1 else 0
+                bench.kernel("kernels", test, 2e-9 * n * k * m, "G op", ask, floor)
+    copies = cold_copies(glu * hidden / 4)
+    for zeros in ZEROS:
+        sizes = {"n": hidden, "k": glu, "m": 1, "copies": copies}
+        ask = {OURS: {"kind": "sparse", "zeros": zeros, **sizes}}
+        floor = hidden * glu / 4 * (1 - zeros)
+        bench.kernel("kernels", f"down_proj, {zeros:.0%} zeros", 1e-6, "M call", ask, floor)
+    sizes = {"n": bench.shape["vocab_size"], "k": hidden, "m": 1, "copies": 2}
+    floor = sizes["n"] * hidden
+    bench.kernel("kernels", "head, INT8", 1e-6, "M call", {OURS: {"kind": "head", **sizes}}, floor)
+    for ours in (True, False):
+        ask = {OURS: {"kind": "launch", "is_launched_by_us": ours, "copies": LAUNCHES}}
+        name = "launch" if ours else "launch by TVM's pool"
+        bench.kernel("kernels", name, 1e-6, "M call", ask, 0)
+
+
+def load_models(bench: Bench) -> None:
+    context = bench.manifest["context_length"]
+    threads = bench.options.threads[0]
+    for name, worker in bench.workers.items():
+        path = bench.options.artifact
+        if name != OURS:
+            path = bench.options.output / f"random-{name}.gguf"
+            if not path.exists():
+                worker.ask("write_model", path=str(path), kind=name, shape=bench.shape)
+        worker.ask("load", path=str(path), context=context, threads=threads)
+
+
+def token_bytes(bench: Bench) -> dict[str, float]:
+    """Bytes of weights that a decoded token needs: ours by the zeros it met, the peer's all."""
+    zeros = bench.workers[OURS].ask("zeros")["zeros"] or (0, 0)
+    share = {"o.w": 1 - zeros[0], "down.w": 1 - zeros[1]}
+    tied = bench.shape["tie_word_embeddings"]
+    total = 0.0
+    for tensor in bench.manifest["tensors"]:
+        name = tensor["name"]
+        if name.startswith(("rope.", "embed.")) and not (tied and name.startswith("embed.")):
+            continue
+        total += tensor["bytes"] * share.get(name.split(".", 2)[-1], 1)
+    files = {
+        name: (bench.options.output / f"random-{name}.gguf").stat().st_size
+        for name in bench.workers
+        if name != OURS
+    }
+    return {OURS: total, **files}
+
+
+def measure_model(bench: Bench) -> None:
+    floor = token_bytes(bench)
+    engines = list(bench.workers)
+    for threads in bench.options.threads:
+        for worker in bench.workers.values():
+            worker.ask("threads", count=threads)
+        for tokens in bench.options.prompts:
+            samples = bench.measure(
+                engines, lambda worker, n=tokens: worker.ask("prompt", tokens=n)["seconds"]
+            )
+            bench.add("model", f"pp{tokens}", threads, tokens, "token", samples)
+
+        def decode(worker: Worker) -> float:
+            worker.ask("clear")
+            return worker.ask("decode", steps=bench.options.decode)["seconds"]
+
+        steps = bench.options.decode
+        samples = bench.measure(engines, decode)
+        floors = {name: size * steps for name, size in floor.items()}
+        bench.add("model", f"tg{steps}", threads, steps, "token", samples, floor=floors)
+
+
+def measure_context(bench: Bench) -> None:
+    """Decode steps behind longer and longer contexts, with the most threads."""
+    threads = max(bench.options.threads)
+    for worker in bench.workers.values():
+        worker.ask("threads", count=threads)
+        worker.ask("clear")
+    most = bench.manifest["context_length"] - DECODE_STEPS * (bench.options.repetitions + 1)
+    for position in sorted({min(p, most) for p in bench.options.contexts}):
+        for worker in bench.workers.values():
+            worker.ask("fill", position=position)
+        samples = bench.measure(
+            list(bench.workers), lambda worker: worker.ask("decode", steps=DECODE_STEPS)["seconds"]
+        )
+        bench.add("context", f"tg at {position}", threads, DECODE_STEPS, "token", samples)
+
+
+def show_row(bench: Bench, row: Row) -> str:
+    """A line of the table."""
+    cells = [row.group, row.test, str(row.threads)]
+    for name in bench.workers:
+        if name not in row.samples:
+            cells.append("")
+            continue
+        low, high = row.spread(name)
+        cells.append(f"{row.rate(name):.4g} ({low:.4g}-{high:.4g}) {row.unit}/s")
+    for name in bench.workers:
+        if name != OURS:
+            both = name in row.samples
+            cells.append(f"{row.rate(OURS) / row.rate(name):.2f}" if both else "")
+    share = ""
+    if row.floor and row.threads in bench.bandwidth:
+        seconds = statistics.median(row.samples[OURS])
+        share = f"{row.floor[OURS] / seconds / bench.bandwidth[row.threads]:.0%}"
+    return "| " + " | ".join([*cells, share]) + " |"
+
+
+def table(bench: Bench) -> str:
+    engines = list(bench.workers)
+    heads = ["group", "test", "threads", *engines]
+    heads += [f"ours / {name}" for name in engines if name != OURS] + ["ours of the streaming read"]
+    facts = host_facts(bench)
+    lines = [f"{key}: {value}  " for key, value in facts.items()]
+    lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join([*lines, *(show_row(bench, row) for row in bench.rows)]) + "\n"
+
+
+def host_facts(bench: Bench) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": f"{cpu}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
+        "ours": f"{bench.manifest['model']} for {bench.manifest['target']}",
+        "peer": ", ".join(sorted(set(bench.versions.values()))) or "none",
+        "repetitions": bench.options.repetitions,
+    }
+
+
+def plot(bench: Bench, folder: Path) -> None:
+    """threads.png, context.png, bytes.png; those for which there are rows."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("benchmarks.cpu: no plots: matplotlib is not installed", file=sys.stderr)
+        return
+    decode = [r for r in bench.rows if r.group == "model" and r.test.startswith("tg")]
+    deep = [r for r in bench.rows if r.group == "context"]
+    for name, rows, label in (("threads", decode, "threads"), ("context", deep, "context, tokens")):
+        if not rows:
+            continue
+        axes = Figure(figsize=(6, 4)).subplots()
+        for engine in bench.workers:
+            x = [r.threads if name == "threads" else int(r.test.split()[-1]) for r in rows]
+            axes.plot(x, [r.rate(engine) for r in rows], marker="o", label=engine)
+        axes.set(xlabel=label, ylabel="decoded tokens/s", ylim=(0, None))
+        axes.legend()
+        axes.figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    last = decode[-1] if decode else None
+    if last and last.threads in bench.bandwidth:
+        axes = Figure(figsize=(6, 4)).subplots()
+        engines = list(bench.workers)
+        floor = [last.floor[e] / last.amount / 1e6 for e in engines]
+        spent = [bench.bandwidth[last.threads] / last.rate(e) / 1e6 for e in engines]
+        places = range(len(engines))
+        axes.bar([p - 0.2 for p in places], floor, 0.4, label="weights a token needs")
+        axes.bar([p + 0.2 for p in places], spent, 0.4, label="what memory gives in its time")
+        axes.set(xticks=list(places), xticklabels=engines, ylabel="MB a token")
+        axes.legend()
+        axes.figure.savefig(folder / "bytes.png", dpi=150, bbox_inches="tight")
+
+
+def write(bench: Bench) -> None:
+    folder = bench.options.output
+    text = table(bench)
+    (folder / "cpu.md").write_text(text, encoding="utf-8")
+    found = {"host": host_facts(bench), "bandwidth": bench.bandwidth, "versions": bench.versions}
+    found["rows"] = [asdict(row) for row in bench.rows]
+    (folder / "cpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plot(bench, folder)
+    print(text, end="")
+
+
+def whole_numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    cpus = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("artifact", type=Path, help="an artifact directory of compiler.build")
+    parser.add_argument("--peer-python", metavar="PATH", help="a Python with llama-cpp-python")
+    parser.add_argument("-o", "--output", type=Path, default=Path("results"), metavar="DIR")
+    parser.add_argument(
+        "-t", "--threads", type=whole_numbers, default=sorted({1, cpus}), metavar="N,N"
+    )
+    parser.add_argument("-p", "--prompts", type=whole_numbers, default=[128, 512], metavar="N,N")
+    parser.add_argument("-n", "--decode", type=int, default=64, metavar="N", help="steps a sample")
+    parser.add_argument(
+        "-c", "--contexts", type=whole_numbers, default=[128, 512, 1024, 2048, 4096], metavar="N,N"
+    )
+    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
+    options = parser.parse_args(argv)
+    if not (options.artifact / "artifact.json").is_file():
+        parser.error(
+            f"artifact: asked for {options.artifact}, it has no artifact.json; "
+            "possible: a directory that python -m compiler.build made"
+        )
+    if max(options.threads) > cpus:
+        parser.error(f"threads: asked for {max(options.threads)}; possible: 1 to {cpus}")
+    if options.repetitions < 1 or options.decode < 1:
+        parser.error("repetitions, decode: asked for less than 1; possible: 1 and more")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        bench = Bench(options)
+        try:
+            measure_stream(bench)
+            if "kernels" in options.only:
+                measure_kernels(bench)
+            if {"model", "context"} & set(options.only):
+                load_models(bench)
+            if "model" in options.only:
+                measure_model(bench)
+            if "context" in options.only:
+                measure_context(bench)
+            write(bench)
+        finally:
+            bench.close()
+    except (WorkerError, OSError) as error:
+        print(f"benchmarks.cpu: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

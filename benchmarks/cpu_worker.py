@@ -1,0 +1,209 @@
+"""Our side of benchmarks/cpu.py: a compiled model through the runtime, single kernels through TVM.
+
+Speaks benchmarks/worker.py's protocol. Kernels are what `compiler.build` would choose for this
+host, linked as a library is.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.worker import serve
+from runtime import tvm_runtime
+from runtime.engine import Engine
+
+ALIGNMENT = 4096
+DISTINCT_ROWS = 256  # of random weights; the rest repeats them
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + nbytes].view(dtype).reshape(shape)
+
+
+class Model:
+    def __init__(self, path: str, context: int, threads: int) -> None:
+        self.engine = Engine.load(path, threads=threads, context=context, verify=False)
+        self.rng = np.random.default_rng(0)
+        self.filled = 0
+
+    def tokens(self, count: int) -> list[int]:
+        return self.rng.integers(0, self.engine.shape.vocab_size, count).tolist()
+
+    def append(self, count: int) -> float:
+        ids = self.tokens(count)
+        started = time.perf_counter()
+        if count == 1:
+            self.engine.decode(ids, [0], [self.filled])
+        else:
+            self.engine.prefill(ids, 0, self.filled)
+        self.filled += count
+        return time.perf_counter() - started
+
+
+class Kernels:
+    """Builds kernels of the native target; TVM's compiler is loaded only for these."""
+
+    def __init__(self) -> None:
+        import tvm
+
+        from schedules import targets
+
+        self.tvm, self.target = tvm, targets.find("native")
+        self.folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+
+    def link(self, func, is_launched_by_us: bool = True):
+        from tvm.support import cc
+
+        from compiler.pipeline import LAUNCH, LAUNCH_FLAGS
+
+        mod = self.tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
+        path = Path(tempfile.mkstemp(suffix=".so", dir=self.folder)[1])
+        options = [*LAUNCH_FLAGS, str(LAUNCH)] if is_launched_by_us else []
+        self.tvm.compile(mod, target=self.target.to_tvm()).export_library(
+            str(path), fcompile=partial(cc.create_shared, cc="gcc", options=options)
+        )
+        return self.tvm.runtime.load_module(str(path))["kernel"]
+
+    def schedule(self, folder: str):
+        from compiler.kernels import Schedule, default_choice
+
+        return Schedule(folder, default_choice(folder, self.target.families))
+
+    def weights(self, layout: str, n: int, k: int, copies: int) -> list:
+        """TVM tensors over `copies` copies of packed random weights."""
+        from schedules.layouts import LAYOUTS
+
+        rng = np.random.default_rng(0)
+        w = rng.integers(-1, 2, (min(n, DISTINCT_ROWS), k)).astype(np.int8)
+        packed = LAYOUTS[layout].pack(np.resize(w, (n, k)))
+        memory = aligned((copies, *packed.shape), "uint8")
+        memory[:] = packed
+        return [self.tvm.runtime.from_dlpack(copy) for copy in memory]
+
+    def tensors(self, *arrays: np.ndarray) -> list:
+        return [self.tvm.runtime.tensor(array) for array in arrays]
+
+    def matmul(self, n: int, k: int, m: int, copies: int, act_bits: int):
+        schedule = self.schedule("ternary_matmul")
+        kernel = self.link(schedule.kernel(n, k, act_bits, self.target, "scale"))
+        q = np.random.default_rng(1).integers(-8, 8, (m, k)).astype(np.int8)
+        ones = np.ones(m, np.float32), np.ones(n, np.float32)
+        q, scale, w_scale, out = self.tensors(q, *ones, np.zeros((m, n), np.float32))
+        weights = self.weights(schedule.layout(act_bits), n, k, copies)
+        return [partial(kernel, q, scale, w, w_scale, out) for w in weights]
+
+    def sparse(self, n: int, k: int, m: int, copies: int, zeros: float):
+        schedule, rng = self.schedule("sparse_ternary_matmul"), np.random.default_rng(1)
+        kernel = self.link(schedule.kernel(n, k, self.target))
+        q = np.where(rng.random((m, k)) < zeros, 0, rng.integers(1, 128, (m, k))).astype(np.int8)
+        index, count = np.zeros((m, k), np.int32), np.count_nonzero(q, axis=1).astype(np.int32)
+        for row in range(m):
+            index[row, : count[row]] = np.flatnonzero(q[row])
+        tensors = self.tensors(q, np.ones(m, np.float32), index, count)
+        w_scale, residual, out = self.tensors(
+            np.ones(n, np.float32), *np.zeros((2, m, n), np.float32)
+        )
+        weights = self.weights(schedule.layout(), n, k, copies)
+        return [partial(kernel, *tensors, w, w_scale, residual, out) for w in weights]
+
+    def head(self, n: int, k: int, m: int, copies: int):
+        kernel = self.link(self.schedule("int8_matmul").kernel(n, k, self.target))
+        table = aligned((copies, n, k), "int8")
+        table[:] = np.resize(np.random.default_rng(0).integers(-127, 128, (64, k)), (n, k))
+        q = np.random.default_rng(1).integers(-127, 128, (m, k)).astype(np.int8)
+        ones = np.ones(m, np.float32), np.ones(n, np.float32)
+        q, scale, w_scale, out = self.tensors(q, *ones, np.zeros((m, n), np.float32))
+        tables = [self.tvm.runtime.from_dlpack(copy) for copy in table]
+        return [partial(kernel, q, scale, w, w_scale, out) for w in tables]
+
+    def launch(self, is_launched_by_us: bool, copies: int):
+        """A parallel loop with next to nothing in it."""
+        from tvm.script import tirx as T
+
+        @T.prim_func(s_tir=True)
+        def nothing(out: T.Buffer((64, 16), "int32")):
+            for i in T.parallel(64):
+                out[i, 0] = i
+
+        kernel = self.link(nothing, is_launched_by_us)
+        (out,) = self.tensors(np.zeros((64, 16), np.int32))
+        return [partial(kernel, out)] * copies
+
+    def stream(self, nbytes: int):
+        """Read memory and do nothing else: what the floor of every other time is made of."""
+        from benchmarks.stream import kernel
+
+        memory = aligned((nbytes,), "int8")
+        memory[:] = 1
+        out = aligned((256, 16), "int32")
+        read = self.link(kernel(nbytes, self.target))
+        return [partial(read, *map(self.tvm.runtime.from_dlpack, (memory, out)))]
+
+
+class Ours:
+    """The requests; see benchmarks/worker.py."""
+
+    def __init__(self) -> None:
+        self.model: Model | None = None
+        self.kernels: Kernels | None = None
+        self.calls: list = []
+
+    def load(self, path: str, context: int, threads: int) -> dict:
+        self.model = Model(path, context, threads)
+        return {"target": self.model.engine.artifact.target}
+
+    def threads(self, count: int) -> dict:
+        self.model.engine.threads = count
+        return {}
+
+    def prompt(self, tokens: int) -> dict:
+        self.model.filled = 0
+        return {"seconds": self.model.append(tokens)}
+
+    def fill(self, position: int) -> dict:
+        if self.model.filled < position:
+            self.model.append(position - self.model.filled)
+        return {}
+
+    def decode(self, steps: int) -> dict:
+        return {"seconds": sum(self.model.append(1) for _ in range(steps))}
+
+    def clear(self) -> dict:
+        self.model.filled = 0
+        return {}
+
+    def zeros(self) -> dict:
+        """Mean share of zeros that a decode step meets at o_proj and down_proj."""
+        engine = self.model.engine
+        found = engine.sparsity(self.model.tokens(1), [0], [self.model.filled])
+        return {"zeros": None if found is None else found.mean(axis=0).tolist()}
+
+    def prepare(self, kind: str, **arguments) -> dict:
+        """Build a kernel and its operands: the name of a method of `Kernels`."""
+        self.kernels = self.kernels or Kernels()
+        self.calls = []
+        self.calls = getattr(self.kernels, kind)(**arguments)
+        return {"target": self.kernels.target.name}
+
+    def kernel(self, threads: int) -> dict:
+        """Seconds of a call, mean over the copies of its weights."""
+        tvm_runtime.use_threads(threads)
+        started = time.perf_counter()
+        for call in self.calls:
+            call()
+        return {"seconds": (time.perf_counter() - started) / len(self.calls)}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    serve(Ours())

@@ -1,0 +1,76 @@
+"""benchmarks/cpu.py without a measurement: its workers' protocol, its refusals, its table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import cpu
+from benchmarks.worker import Worker, WorkerError
+
+ECHO = """
+import sys
+sys.path.insert(0, {root!r})
+from benchmarks.worker import serve
+class Echo:
+    def double(self, number): print("noise of a library"); return {{"seconds": 2 * number}}
+    def fail(self): raise ValueError("no such\\nthing")
+    def end(self): sys.exit(3)
+serve(Echo())
+"""
+
+
+@pytest.fixture
+def echo(tmp_path):
+    script = tmp_path / "echo.py"
+    script.write_text(ECHO.format(root=str(Path(cpu.__file__).parents[1])))
+    worker = Worker("echo", sys.executable, script)
+    yield worker
+    worker.close()
+
+
+def test_worker_answers_in_order(echo):
+    assert [echo.ask("double", number=n)["seconds"] for n in (1, 2, 3)] == [2, 4, 6]
+
+
+def test_worker_that_fails_says_why_and_goes_on(echo):
+    with pytest.raises(WorkerError, match="echo: fail: ValueError: no such thing"):
+        echo.ask("fail")
+    assert echo.ask("double", number=1)["seconds"] == 2
+
+
+def test_worker_that_ends(echo):
+    with pytest.raises(WorkerError, match="echo: ended while asked to end, exit 3"):
+        echo.ask("end")
+
+
+def test_worker_that_cannot_start(tmp_path):
+    with pytest.raises(WorkerError, match="peer: cannot run /nowhere/python: No such file"):
+        Worker("peer", "/nowhere/python", tmp_path / "script.py")
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (["{}"], "it has no artifact.json"),
+        (["{}", "-t", "0"], "argument -t/--threads: invalid"),
+        (["{}", "--only", "speed"], "invalid choice: 'speed'"),
+    ],
+)
+def test_refusals(tmp_path, options, problem):
+    command = [sys.executable, "-m", "benchmarks.cpu", *(o.format(tmp_path) for o in options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and problem in done.stderr, done.stderr
+
+
+def test_table_has_medians_ranges_ratios_and_the_share_of_the_bandwidth():
+    samples = {"ours": [1.0, 2.0, 4.0], "TQ2_0": [4.0, 4.0, 8.0]}
+    row = cpu.Row("model", "tg8", 2, 8, "token", samples, floor={"ours": 10.0, "TQ2_0": 10.0})
+    bench = SimpleNamespace(workers=dict.fromkeys(samples), bandwidth={2: 20.0})
+    cells = [cell.strip() for cell in cpu.show_row(bench, row).strip("| ").split("|")]
+    ours, peer = "4 (2-8) token/s", "2 (1-2) token/s"
+    assert cells == ["model", "tg8", "2", ours, peer, "2.00", "25%"]
+    json.dumps(cpu.asdict(row))
