@@ -14,6 +14,7 @@ from compiler.config import BuildError
 from compiler.export import export_model
 from compiler.kernels import KernelTable, using
 from compiler.ops.heads import possible_kv_bits
+from compiler.passes.record_workspace import ATTR as WORKSPACE
 from compiler.progress import BuildProgress
 from model.checkpoint import CheckpointError, IntegerWeights
 from model.config import ModelConfig
@@ -50,6 +51,8 @@ def assemble(
         with progress.phase("write"):
             files = artifact_writer.copy_model_files(directory, model, weights.directory)
             facts = describe(model, target, kv_bits) | params
+            if WORKSPACE in lowered.attrs:
+                facts[WORKSPACE] = int(lowered.attrs[WORKSPACE])
             record = build_record(target, kernels, time.monotonic() - started)
             artifact_writer.write_manifest(directory, facts | {"record": record}, files)
 

@@ -18,6 +18,7 @@ from compiler.passes.drop_checks import drop_checks
 from compiler.passes.dump_ir import dump_ir
 from compiler.passes.pack_weights import pack_weights
 from compiler.passes.probe_sparsity import probe_sparsity
+from compiler.passes.record_workspace import record_workspace
 from compiler.passes.reuse_tensors import reuse_tensors
 from compiler.passes.schedule_stock_ops import schedule_stock_ops
 from compiler.passes.specialize_kv_cache import specialize_kv_cache
@@ -59,6 +60,7 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         bound_rows,
         transform.StaticPlanBlockMemory(),
         reuse_tensors,
+        record_workspace,
         transform.CanonicalizeBindings(),
         capture_decode,
         *dump("4-planned"),
