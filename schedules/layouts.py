@@ -8,13 +8,16 @@
     quads_2bit   | (ceil(N/64), Q, 64)      | bits 2f.. of byte 4j+i = w[64b+16f+j, 4q+i] + 1
     tiles_2bit   | (ceil(N/16),             | bits 2i.. of byte 64g + 16t + 8v + 4h + j
                  |  ceil(K/128), 512)       | = w[16a + 8h + g, 128c + 64v + 16i + 4t + j] & 3
+    quads_signed | (ceil(N/32), S, 32)      | bits 2f.. of byte 16h+4r+i = w[n, 4p+i] + 1 for row
+                 |                          | n = 32b+16h+4f+r, f < 3; bits 6.. = w[n, 4p+i] & 3
 
 `tiles_2bit` is the order of the fragments of a tensor core's 16 x 32 operand: 16 bytes a lane are
 two 64-column runs (v) of two rows (h), a load of 512 neighbouring bytes a warp. Its codes are two's
 complement: as the top bits of a byte they are 64 w.
 
 P = ceil(K/2) rounded up to a multiple of 7, the pairs that an 8-bit sum holds; Q = ceil(K/4)
-rounded up to a multiple of 16, the rows of an AMX tile. N and K are padded with zero weights.
+rounded up to a multiple of 16, the rows of an AMX tile; S = ceil(K/4) rounded up to a multiple of
+4, the quads that 16 bytes of activations hold. N and K are padded with zero weights.
 Packing combines bytes first and transposes the packed quarter afterwards.
 """
 
@@ -147,6 +150,26 @@ def _quads_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
     return code.reshape(64 * blocks, 4 * quads)[:n, :k].astype(np.int8) - np.int8(1)
 
 
+def _quads_signed_shape(n: int, k: int) -> tuple[int, ...]:
+    return -(-n // 32), -(-k // 16) * 4, 32
+
+
+def _quads_signed_pack(w: np.ndarray) -> np.ndarray:
+    blocks, quads, _ = _quads_signed_shape(*w.shape)
+    field = _padded(w, 32, 4 * quads).reshape(blocks, 2, 4, 4, quads, 4)
+    top = field[:, :, 3] - np.uint8(1) & np.uint8(3)
+    byte = field[:, :, 0] | field[:, :, 1] << 2 | field[:, :, 2] << 4 | top << 6
+    return np.ascontiguousarray(byte.transpose(0, 3, 1, 2, 4)).reshape(blocks, quads, 32)
+
+
+def _quads_signed_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    blocks, quads, _ = packed.shape
+    byte = packed.reshape(blocks, quads, 2, 4, 4).transpose(0, 2, 3, 1, 4)
+    code = [byte >> (2 * f) & 3 for f in range(3)]
+    field = np.stack([*code, (byte >> 6) + np.uint8(1) & 3], axis=2)
+    return field.reshape(32 * blocks, 4 * quads)[:n, :k].astype(np.int8) - np.int8(1)
+
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -155,5 +178,6 @@ LAYOUTS = {
         Layout("columns_2bit", _columns_2bit_shape, _columns_2bit_pack, _columns_2bit_unpack),
         Layout("quads_2bit", _quads_2bit_shape, _quads_2bit_pack, _quads_2bit_unpack),
         Layout("tiles_2bit", _tiles_2bit_shape, _tiles_2bit_pack, _tiles_2bit_unpack),
+        Layout("quads_signed", _quads_signed_shape, _quads_signed_pack, _quads_signed_unpack),
     )
 }

@@ -58,16 +58,20 @@ def runner() -> Path:
 
 
 class Emulator:
-    def __init__(self, cpu: str):
+    def __init__(self, cpu: str, options: tuple[str, ...] = ()):
         self.cpu = cpu
+        self.options = options  # more of qemu's
         self.process: subprocess.Popen | None = None
 
     def start(self) -> subprocess.Popen:
         if self.process is None:
             threads = os.environ.get("TVM_NUM_THREADS", "3")
-            command = ["qemu-aarch64", "-cpu", self.cpu, "-L", LIBRARIES, runner(), threads]
+            qemu = ["qemu-aarch64", "-cpu", self.cpu, "-L", LIBRARIES, *self.options]
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                [*qemu, runner(), threads],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
         return self.process
 
@@ -91,6 +95,12 @@ class Emulator:
         except (BrokenPipeError, EOFError):
             raise RuntimeError(f"{self.cpu}: {self.obituary()}") from None
         return [f.reshape(a.shape) for f, a in zip(found, arrays, strict=True)]
+
+    def stop(self) -> str:
+        """Let the runner end; returns what it and qemu wrote on stderr."""
+        assert self.process
+        process, self.process = self.process, None
+        return process.communicate()[1].decode()
 
     def read(self, count: int) -> bytearray:
         assert self.process and self.process.stdout

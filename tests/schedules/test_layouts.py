@@ -34,10 +34,19 @@ def tiles_2bit(p, n, k):
     return {0: 0, 1: 1, 3: -1}[int(p[n // 16, k // 128, byte]) >> 2 * (k % 64 // 16) & 3]
 
 
-DEFINITIONS = {
-    f.__name__: f for f in (rows_2bit, pair_nibble, columns_2bit, quads_2bit, tiles_2bit)
+def quads_signed(p, n, k):
+    field, byte = n % 16 // 4, 16 * (n % 32 // 16) + 4 * (n % 4) + k % 4
+    bits = int(p[n // 32, k // 4, byte]) >> 2 * field & 3
+    return (0, 1, None, -1)[bits] if field == 3 else bits - 1
+
+
+ELEMENTS = (rows_2bit, pair_nibble, columns_2bit, quads_2bit, tiles_2bit, quads_signed)
+DEFINITIONS = {f.__name__: f for f in ELEMENTS}
+PADDING = dict.fromkeys(DEFINITIONS, 0b01010101) | {
+    "pair_nibble": 4 * 17,
+    "tiles_2bit": 0,
+    "quads_signed": 0b00010101,
 }
-PADDING = dict.fromkeys(DEFINITIONS, 0b01010101) | {"pair_nibble": 4 * 17, "tiles_2bit": 0}
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (3, 5), (65, 29), (130, 15), (128, 16)])

@@ -1,0 +1,40 @@
+"""Vectors of any machine as TVMScript expressions: loads, stores and what needs no instruction of
+its own."""
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+
+def load(buffer, *index: Expr | int, lanes: int) -> Expr:
+    """`lanes` elements from `index` on; aligned only as far as the index is seen to be."""
+    last = index[-1] if lanes == 1 else T.ramp(index[-1], 1, lanes)
+    return buffer[(*index[:-1], last)]
+
+
+def store(buffer, *index: Expr | int, value: Expr, lanes: int) -> None:
+    last = index[-1] if lanes == 1 else T.ramp(index[-1], 1, lanes)
+    T.buffer_store(buffer, value, [*index[:-1], last])
+
+
+def add(buffer, *index: Expr | int, value: Expr, lanes: int) -> None:
+    store(buffer, *index, value=load(buffer, *index, lanes=lanes) + value, lanes=lanes)
+
+
+def like(dtype: str, lanes: int) -> str:
+    """The dtype of `lanes` elements."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def splat(dtype: str, value: int, lanes: int) -> Expr:
+    return T.broadcast(T.cast(T.int32(value), dtype), lanes)
+
+
+def clear(buffer, count: int, dtype: str, lanes: int) -> None:
+    """buffer[:count, :lanes] = 0, unrolled."""
+    for i in range(count):
+        store(buffer, i, 0, value=splat(dtype, 0, lanes), lanes=lanes)
+
+
+def constant(dtype: str, values: list[int]) -> Expr:
+    """A vector of constants."""
+    return T.Shuffle([T.cast(T.int32(v), dtype) for v in values], list(range(len(values))))
