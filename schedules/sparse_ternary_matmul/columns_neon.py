@@ -16,6 +16,8 @@
 Counted: docs/log.md.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
@@ -73,7 +75,7 @@ def kernel(
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
-        unpack_block = T.meta_var(lambda *block: unpack(w, *block, k, form))
+        unpack_block = T.meta_var(partial(unpack, w, k, form))
         height = T.meta_var(T.cast(rows, "int32"))
         with T.sblock("root"):
             tasks = T.min(threads.count(), blocks)

@@ -18,6 +18,8 @@ Codes are w + 1; the sum of the activations is taken off at the end. 16 * 2 * 12
 for K < 2**19. Many rows are tiled (tiles_neon.py). Counted: docs/log.md.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
@@ -59,11 +61,12 @@ def list_columns(column, qs, total, q, m, count, column_of):
 
 def transposed(columns):
     """uint8x16 v of four columns' bytes: rows 4v .. 4v + 3, the four columns of each"""
-    pairs = [[neon.zip_lanes(*columns[i : i + 2], z) for i in (0, 2)] for z in (0, 1)]
+    a, b, c, d = columns
+    pairs = [[neon.zip_lanes(*two, half=z) for two in ((a, b), (c, d))] for z in (0, 1)]
     words = [[T.Bind(T.reinterpret("uint16x8", v)) for v in pair] for pair in pairs]
     for pair in words:
         for z in (0, 1):
-            yield T.Bind(T.reinterpret("uint8x16", neon.zip_lanes(*pair, z)))
+            yield T.Bind(T.reinterpret("uint8x16", neon.zip_lanes(pair[0], pair[1], z)))
 
 
 def scaled_field(bytes_, f: int):
@@ -163,7 +166,7 @@ def finish(output, sum32, total, m, first, blocks):
         output.store(m, first + b, BLOCK, sums)
 
 
-def unpack(w, codes, b, p0, quads, k: int, form: Form):
+def unpack(w, k: int, form: Form, codes, b, p0, quads):
     """codes[:quads] = weights of the 32 outputs b from quad p0 on, as `Form` says; columns past K
     meet zero activations"""
     block, shift = T.Bind(b // FIELDS), T.Bind(T.cast(b % FIELDS * 2, "uint8"))
@@ -225,7 +228,7 @@ def kernel(
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
-        unpack_block = T.meta_var(lambda *block: unpack(w, *block, k, form))
+        unpack_block = T.meta_var(partial(unpack, w, k, form))
         height = T.meta_var(T.cast(rows, "int32"))
         with T.sblock("root"):
             tasks = T.min(threads.count(), blocks)

@@ -26,6 +26,7 @@ Instructions a pair of 64 rows, one row of activations: 12 of nibbles, look-ups 
 gates skips its weights. Counted: docs/log.md, "ARM".
 """
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
@@ -65,7 +66,7 @@ def fill_table(table, r, q, m, k):
 
 def group_sums(w, table, b, r, g, rows):
     """Sums over a group of pairs, uint8x16 by [row][quarter], each in a register"""
-    sums = {}
+    sums: dict[tuple[int, int], Expr] = {}
     for p in range(PAIR_GROUP):
         pair = g * PAIR_GROUP + p
         bytes_ = [T.Bind(load(w, b, pair, 16 * h, lanes=16)) for h in (0, 1)]

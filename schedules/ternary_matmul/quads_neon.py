@@ -17,6 +17,8 @@ give the sums; c . q - sum(q) = w . q. For more rows weights are unpacked once (
 rows: 24 masks, 32 dot products, 5 loads, 4 of the loop, 0.127 a weight. Counted: docs/log.md.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
@@ -98,7 +100,7 @@ def codes_of(w, b, p, h):
             yield T.reinterpret("int8x16", shifted & splat("uint8", 3, 16)) - one
 
 
-def unpack(w, codes, b, p0, quads, form: Form):
+def unpack(w, form: Form, codes, b, p0, quads):
     """codes[:quads] = weights of block b from quad p0 on, as `Form` says"""
     if not form.has_pairs:
         with T.serial(quads) as p:
@@ -139,7 +141,7 @@ def kernel(
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
-        unpack_block = T.meta_var(lambda *block: unpack(w, *block, form))
+        unpack_block = T.meta_var(partial(unpack, w, form))
         height = T.meta_var(T.cast(rows, "int32"))
         with T.sblock("root"):
             tasks = T.min(threads.count(), blocks)

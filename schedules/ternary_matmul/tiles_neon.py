@@ -82,7 +82,7 @@ def store_pairs(codes, pair, h: int, sides) -> None:
     for v, quads in enumerate(zip(*sides, strict=True)):
         words = [T.Bind(T.reinterpret("int32x4", quad)) for quad in quads]
         for z in (0, 1):
-            both = T.reinterpret("int8x16", neon.zip_lanes(*words, z))
+            both = T.reinterpret("int8x16", neon.zip_lanes(words[0], words[1], z))
             at = 8 * h + 2 * v + z
             store(codes, 2 * pair + at // 8, at % 8, 0, value=both, lanes=16)
 

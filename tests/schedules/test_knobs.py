@@ -9,7 +9,7 @@ import pytest
 from compiler.kernels import Choice, Schedule, families_of, knobs_of
 from schedules.layouts import LAYOUTS
 from schedules.targets import TARGETS, CpuTarget
-from tests.schedules.compiled import compiled
+from tests.schedules.compiled import compiled, why_not
 from tests.schedules.matmul_reference import activations, exact_sum, ones, weights
 
 ROWS = (1, 2, 5, 33)
@@ -51,7 +51,7 @@ def families() -> list:
             target,
             family,
             id="-".join((case.folder, *case.kernel_end, str(case.act_bits), family)),
-            marks=pytest.mark.skipif(not target.runs_here(), reason=f"needs {target.cpu_flags}"),
+            marks=pytest.mark.skipif(bool(why_not(target)), reason=str(why_not(target))),
         )
         for (case, family), target in found.items()
     ]
