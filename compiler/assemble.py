@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from compiler import artifact_writer, pipeline
-from compiler.config import BuildError
+from compiler.config import NO_RECORDS, BuildError
 from compiler.export import export_model
 from compiler.kernels import KernelTable, using
 from compiler.ops.heads import possible_kv_bits
 from compiler.passes.record_workspace import ATTR as WORKSPACE
 from compiler.progress import BuildProgress
+from compiler.tuning.lookup import Lookup, default_roots
 from model.checkpoint import CheckpointError, IntegerWeights
 from model.config import ModelConfig
 from schedules.targets import TargetSpec
@@ -29,12 +30,16 @@ def assemble(
     target: TargetSpec,
     linker: str,
     debug_dump: Path | None,
+    records: str | None,
     progress: BuildProgress,
 ) -> None:
     """Write every file of the artifact into `directory`."""
     started, model = time.monotonic(), weights.config
     kv_bits = possible_kv_bits(model.head_dim)
-    with using(target) as kernels, target.to_tvm():
+    lookup = find_records(target, records)
+    for note in lookup.notes:
+        progress.say(f"records: {note}")
+    with using(target, lookup) as kernels, target.to_tvm():
         with progress.phase("export"):
             exported = export_model(model)
         with progress.phase("lower"):
@@ -55,6 +60,18 @@ def assemble(
                 facts[WORKSPACE] = int(lowered.attrs[WORKSPACE])
             record = build_record(target, kernels, time.monotonic() - started)
             artifact_writer.write_manifest(directory, facts | {"record": record}, files)
+
+
+def find_records(target: TargetSpec, records: str | None) -> Lookup:
+    """In `records` first, then in this user's and the shipped ones; nowhere if that is none."""
+    if records == NO_RECORDS:
+        return Lookup(target, ())
+    if records is not None and not Path(records).is_dir():
+        raise BuildError(
+            f"records: asked for {records}, which is no directory; "
+            f"possible: what compiler.tune --records was given, or {NO_RECORDS}"
+        )
+    return Lookup(target, ((Path(records),) if records else ()) + default_roots())
 
 
 def artifact_name(model: ModelConfig) -> str:

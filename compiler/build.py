@@ -49,7 +49,7 @@ def build(config: BuildConfig, progress: BuildProgress | None = None) -> Path:
     default = Path("dist") / f"{artifact_name(weights.config)}-{target.name}"
     destination = config.output or default
     with replacing(destination) as directory:
-        assemble(directory, weights, target, linker, config.debug_dump, progress)
+        assemble(directory, weights, target, linker, config.debug_dump, config.records, progress)
     return destination
 
 
@@ -91,6 +91,12 @@ def parse(argv: list[str] | None) -> BuildConfig:
     )
     parser.add_argument(
         "--debug-dump", type=Path, metavar="DIR", help="write the IR between the phases there"
+    )
+    parser.add_argument(
+        "--records",
+        metavar="DIR|none",
+        help="tuning records to look into before this user's and the shipped ones; "
+        "none: every kernel at its default",
     )
     return BuildConfig(**vars(parser.parse_args(argv)))
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_MODEL = "novels-42m"
+NO_RECORDS = "none"  # every kernel at its default
 
 
 class BuildError(ValueError):
@@ -16,3 +17,4 @@ class BuildConfig:
     target: str = "native"  # a row of schedules/targets.py, native, or cuda
     output: Path | None = None  # default: dist/<model>-<target>
     debug_dump: Path | None = None  # where the IR between phases is written
+    records: str | None = None  # tuning records to look into first, or NO_RECORDS

@@ -105,6 +105,10 @@ class KernelTable:
                     break
         return self._chosen[key][0]
 
+    def origin(self, op: str, sizes: Sizes) -> str:
+        """Of what `choose` chose: "record", "nearest" or "default"."""
+        return self._chosen[key_of(op, sizes)][1]
+
     def add(
         self, builder: BlockBuilder, op: str, folder: str, sizes: Sizes, make: Make
     ) -> GlobalVar:
@@ -124,7 +128,7 @@ class KernelTable:
         if key not in self._built:
             attrs = {"tirx.is_scheduled": True, "op_pattern": OPAQUE}
             self._built[key] = make(schedule).with_attr(attrs)
-            choice, origin = schedule.choice, self._chosen[key][1]
+            choice, origin = schedule.choice, self.origin(op, sizes)
             self.record.append(
                 {
                     "op": op,
@@ -205,7 +209,12 @@ def version_of(default: Schedule, chosen: Schedule, make: Make) -> str | None:
     if not is_possible(chosen.choice, chosen.folder, (chosen.choice.family,)):
         return None
     try:
-        kernels = [make(default), make(chosen)]
+        return version(make(default), make(chosen))
     except ValueError:
         return None
-    return "-".join(f"{structural_hash(kernel) & 2**64 - 1:016x}" for kernel in kernels)
+
+
+def version(default: PrimFunc, chosen: PrimFunc) -> str:
+    """Hashes of what their factories made of both."""
+    hashes = (structural_hash(kernel) & 2**64 - 1 for kernel in (default, chosen))
+    return "-".join(f"{value:016x}" for value in hashes)

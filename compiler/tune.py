@@ -1,0 +1,324 @@
+"""Find the best values of the kernels' knobs on this machine, or on others behind RPC.
+
+    python -m compiler.tune                                      the shipped model, this CPU
+    python -m compiler.tune --model bitnet-b1.58-2b-4t --variant a4.8 --trials 240
+    python -m compiler.tune --resume                             go on where Ctrl-C stopped it
+    python -m compiler.tune --report --output report/            what tuning gained: table, plot
+    python -m compiler.tune --target arm-pi4 --rpc 127.0.0.1:9190 --key pi4
+
+A model's shapes are enough: --model takes a known configuration too, or a directory with only a
+config.json. `compiler.build` finds the records by itself. Exit code 2: it cannot be tuned, for the
+reason in the one line on stderr; 130: interrupted, what was measured is kept.
+"""
+
+import argparse
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compiler.config import DEFAULT_MODEL, BuildError
+
+if TYPE_CHECKING:
+    from compiler.tuning.machine import Machine
+    from compiler.tuning.pool import Rpc, Worker
+    from compiler.tuning.tasks import Task
+    from model.config import ModelConfig
+    from schedules.targets import TargetSpec
+
+TRIALS = 200
+WEIGH = ("both", "decode", "prefill")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What is asked of one run."""
+
+    model: str = DEFAULT_MODEL
+    variant: str | None = None
+    target: str = "native"
+    trials: int = TRIALS
+    ops: tuple[str, ...] = ()
+    weigh: str = "both"
+    records: Path | None = None
+    threads: int | None = None
+    rpc: str | None = None
+    key: str | None = None
+    cold_mib: int | None = None
+    resume: bool = False
+    report: bool = False
+    output: Path = Path("tune-report")
+
+
+def parse(argv: list[str] | None) -> TuneConfig:
+    parser = argparse.ArgumentParser(
+        prog="python -m compiler.tune", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME|DIR",
+        help="a shipped model, a known configuration or a directory with config.json "
+        "(default: %(default)s)",
+    )
+    add("--variant", metavar="VARIANT", help="tune the shapes as a4.8, b1.58 or llama")
+    add(
+        "--target",
+        default="native",
+        metavar="TARGET",
+        help="a row of schedules/targets.py, or native, the best one for this CPU (the default)",
+    )
+    add("--trials", type=int, default=TRIALS, help="candidates in all (default: %(default)s)")
+    add("--ops", nargs="+", default=(), metavar="OP", help="only these ops (default: all)")
+    add(
+        "--weigh",
+        default="both",
+        choices=WEIGH,
+        help="what counts: a decode step, a prompt of 128 tokens, or a prompt and 128 steps "
+        "(the default)",
+    )
+    add(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="where records are kept (default: this user's, which compiler.build reads)",
+    )
+    add("--threads", type=int, help="of a kernel (default: all CPUs that may be used)")
+    add("--rpc", metavar="HOST:PORT", help="an RPC tracker; measure on the servers of --key")
+    add("--key", help="the servers' key at the tracker")
+    add(
+        "--cold-mib",
+        type=int,
+        metavar="MIB",
+        help="copies of the weights in turn (default: the last-level cache and a half)",
+    )
+    add("--resume", action="store_true", help="take up the records that are there")
+    add("--report", action="store_true", help="measure what tuning gained; table and plot")
+    add(
+        "--output",
+        type=Path,
+        default=Path("tune-report"),
+        metavar="DIR",
+        help="of --report (default: %(default)s)",
+    )
+    values = vars(parser.parse_args(argv))
+    return TuneConfig(**values | {"ops": tuple(values["ops"])})
+
+
+def find_config(config: TuneConfig) -> "ModelConfig":
+    """The shapes of the model: a shipped one's, a known configuration's, or a directory's."""
+    from model.checkpoint import ZOO, zoo_models
+    from model.config import MODELS, VARIANTS, ModelConfig
+
+    for directory in (ZOO / config.model, Path(config.model)):
+        if (directory / "config.json").is_file():
+            found = ModelConfig.load(directory)
+            break
+    else:
+        if config.model not in MODELS:
+            raise BuildError(
+                f"model {config.model!r}: neither a shipped model ({', '.join(zoo_models())}), nor "
+                f"a known configuration ({', '.join(MODELS)}), nor a directory with config.json"
+            )
+        found = MODELS[config.model]
+    if config.variant is None:
+        return found
+    if config.variant not in VARIANTS:
+        raise BuildError(f"variant: asked for {config.variant!r}; possible: {', '.join(VARIANTS)}")
+    return found.with_variant(config.variant)
+
+
+def find_target(name: str) -> "TargetSpec":
+    from schedules import targets
+
+    try:
+        return targets.find(name)
+    except ValueError as error:
+        raise BuildError(str(error)) from error
+
+
+def check(config: TuneConfig) -> None:
+    """What can be refused before anything is imported."""
+    for name, value in (("trials", config.trials), ("threads", config.threads)):
+        if value is not None and value < 1:
+            raise BuildError(f"{name}: asked for {value}; possible: 1 and more")
+    if (config.rpc is None) != (config.key is None):
+        raise BuildError("rpc: --rpc HOST:PORT and --key KEY go together")
+
+
+def parse_rpc(config: TuneConfig) -> "Rpc | None":
+    from compiler.tuning.pool import Rpc
+
+    if config.rpc is None:
+        return None
+    host, _, port = config.rpc.rpartition(":")
+    if not host or not port.isdecimal():
+        raise BuildError(f"rpc: asked for {config.rpc!r}; possible: HOST:PORT of a tracker")
+    assert config.key
+    return Rpc(host, int(port), config.key)
+
+
+def require_runnable(target: "TargetSpec", rpc: "Rpc | None") -> None:
+    from schedules.targets import CpuTarget
+
+    if rpc is None and isinstance(target, CpuTarget) and not target.runs_here():
+        raise BuildError(
+            f"target: {target.name} does not run on this host; "
+            "possible: --rpc HOST:PORT --key KEY of a machine that it runs on"
+        )
+
+
+def choose_tasks(config: TuneConfig, model: "ModelConfig", target: "TargetSpec") -> "list[Task]":
+    from compiler.tuning.tasks import extract
+
+    tasks = extract(model, target)
+    names = list(dict.fromkeys(task.op.name for task in tasks))
+    if unknown := [op for op in config.ops if op not in names]:
+        raise BuildError(
+            f"ops: asked for {', '.join(unknown)}; possible for {model.name} on {target.name}: "
+            f"{', '.join(names) or 'none: no kernel leaves anything open'}"
+        )
+    chosen = [task for task in tasks if not config.ops or task.op.name in config.ops]
+    if not chosen:
+        raise BuildError(f"tune: no kernel of {model.name} leaves anything open on {target.name}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where candidates are built and run, and what is known of the place."""
+
+    target: "TargetSpec"
+    linker: str
+    workers: "list[Worker]"
+    machine: "Machine"
+    cold_bytes: int
+
+
+def open_site(config: TuneConfig, stack: ExitStack) -> Site:
+    """Everything about the place that can be refused is, before the first measurement."""
+    target, rpc = find_target(config.target), parse_rpc(config)
+    require_runnable(target, rpc)
+
+    from compiler import toolchain
+    from compiler.tuning import machine
+    from compiler.tuning.pool import Worker, count_servers
+
+    linker = toolchain.find_linker(target)
+    toolchain.require_device_compiler(target)
+    threads = config.threads or machine.usable_cpus()
+    workers = [Worker(target, threads, rpc) for _ in range(count_servers(rpc))]
+    for worker in workers:
+        stack.callback(worker.close)
+    if rpc:
+        where, cold = machine.remote_machine(rpc.key, threads), machine.LLC_BYTES_UNKNOWN
+    else:
+        where = machine.this_machine(target, threads)
+        cold = machine.last_level_cache_bytes() * 3 // 2
+    if config.cold_mib is not None:
+        cold = config.cold_mib * 2**20
+    return Site(target, linker, workers, where, cold)
+
+
+def tune(config: TuneConfig) -> Path:
+    """Tune, with a table on stderr; returns the directory of the records."""
+    with ExitStack() as stack:
+        site = open_site(config, stack)
+
+        from compiler.tuning.live import showing
+        from compiler.tuning.lookup import user_root
+        from compiler.tuning.session import Session, Settings
+        from compiler.tuning.store import Writer
+
+        tasks = choose_tasks(config, find_config(config), site.target)
+        writer = Writer(config.records or user_root(), site.target.name, site.machine)
+        settings = Settings(
+            config.trials, config.weigh, site.cold_bytes, site.linker, config.resume
+        )
+        session = Session(tasks, site.workers, writer, settings)
+        session.say = stack.enter_context(showing(session))
+        session.run()
+        return writer.path
+
+
+def report(config: TuneConfig) -> Path:
+    """Measure default and tuned side by side; returns the file of the tables."""
+    with ExitStack() as stack:
+        site = open_site(config, stack)
+
+        from compiler.tuning import report as reports
+        from compiler.tuning.lookup import Lookup, default_roots
+
+        def say(line: str) -> None:
+            print(line, file=sys.stderr)
+
+        model = find_config(config)
+        tasks = choose_tasks(config, model, site.target)
+        roots = ((config.records,) if config.records else ()) + default_roots()
+        lookup = Lookup(site.target, roots, site.machine)
+        for note in lookup.notes:
+            say(f"records: {note}")
+        measuring = reports.Measuring(
+            site.workers[0], site.linker, site.cold_bytes, config.weigh, lookup
+        )
+        rows = list(reports.measure(tasks, measuring, say))
+        benched = None
+        if has_weights(config) and config.rpc is None:
+            records = str(config.records) if config.records else None
+            threads = site.machine.threads
+            benched = reports.bench(config.model, site.target.name, threads, records, say)
+        title = f"{model.name} ({model.variant}), {site.target.name}, {site.machine.processor}"
+        title += f", {site.machine.threads} threads, TVM {site.machine.tvm}"
+        return reports.write(config.output, title, rows, config.weigh, benched)
+
+
+def has_weights(config: TuneConfig) -> bool:
+    """Whether compiler.build can build exactly this model."""
+    from model import checkpoint
+
+    if config.variant is not None:
+        return False
+    try:
+        checkpoint.IntegerWeights(checkpoint.find(config.model))
+    except checkpoint.CheckpointError:
+        return False
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    from compiler.build import watch_interrupts
+
+    config = parse(argv)
+    interrupted = watch_interrupts()
+    try:
+        check(config)
+        if config.report:
+            print(f"report   {report(config)}")
+        else:
+            print(f"records  {tune(config)}")
+    except BaseException as error:
+        if interrupted:  # whatever TVM made of the KeyboardInterrupt
+            print(
+                "compiler.tune: interrupted; what is measured is kept, --resume goes on",
+                file=sys.stderr,
+            )
+            return 130
+        if isinstance(error, OSError):
+            return refuse(f"{error.filename or 'tune'}: {error.strerror or error}")
+        if isinstance(error, ValueError):  # BuildError, CheckpointError, ConfigError
+            return refuse(str(error))
+        if isinstance(error, ImportError):
+            return refuse(f"{error}; possible: pip install 'bitnet-compiler[export,tune]'")
+        raise
+    return 0
+
+
+def refuse(problem: str) -> int:
+    print(f"compiler.tune: {' '.join(problem.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
