@@ -13,10 +13,8 @@ ALLOC_STORAGE = tvm.ir.Op.get("relax.memory.alloc_storage")
 @tvm.transform.module_pass(opt_level=0, name="RecordWorkspace")
 def record_workspace(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
     funcs = [func for _, func in mod.functions_items() if isinstance(func, relax.Function)]
-    sizes = [storage_bytes(func) for func in funcs]
-    if any(size is None for size in sizes):
-        return mod
-    return mod.with_attr(ATTR, max(sizes))
+    sizes = [size for func in funcs if (size := storage_bytes(func)) is not None]
+    return mod.with_attr(ATTR, max(sizes)) if len(sizes) == len(funcs) else mod
 
 
 def storage_bytes(func: relax.Function) -> int | None:

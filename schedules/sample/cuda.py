@@ -13,12 +13,15 @@
 
     tile    | value | bound by
     THREADS | 1024  | top_k at most: the bound is one of the threads' best
+    BATCH   | 16    | loads in flight: one at a time, a read of 128256 logits waits 126 times
     LISTED  | 2048  | 16 KB to sort; logits that tie with the bound can be more
 
 A result below 0 is no token: NOT_FINITE if the largest logit is no number, TOO_MANY if the row is
 the host's to sample (top_k of 0 or above 1024, or more logits than LISTED reach the bound).
 Logits order as integers of the same bits, once negative ones have theirs flipped.
 """
+
+from collections.abc import Callable
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -28,6 +31,7 @@ from schedules.intrin import cuda
 from schedules.targets import GpuTarget
 
 THREADS = 1024
+BATCH = 16
 LISTED = 2048
 NOT_FINITE, TOO_MANY = -1, -2
 LOW_32 = 0xFFFFFFFF
@@ -41,6 +45,17 @@ def entry_of(logit: Expr, token: Expr) -> Expr:
     order = T.bind(bits ^ (T.shift_right(bits, 31) & T.int32(0x7FFFFFFF)))
     high = T.shift_left(T.cast(order, "int64"), T.int64(32))
     return T.bind(high | (T.int64(LOW_32) - T.cast(token, "int64")))
+
+
+def each_entry(logits, vocab: int, m, t, body: Callable[[Expr], None]) -> None:
+    """body(entry) of the thread's logits t, t + THREADS, ...; LAST past the vocabulary."""
+    batch = cuda.local("float32", BATCH)
+    with T.serial(-(-vocab // (THREADS * BATCH))) as step:
+        tokens = [T.bind((step * BATCH + i) * THREADS + t) for i in range(BATCH)]
+        for i, token in enumerate(tokens):
+            cuda.store(batch, logits[m, T.min(token, vocab - 1)], i)
+        for i, token in enumerate(tokens):
+            body(T.bind(T.if_then_else(token < vocab, entry_of(batch[i], token), T.int64(LAST))))
 
 
 def logit_of(entry: Expr) -> Expr:
@@ -86,18 +101,22 @@ def list_candidates(entries, logits, vocab: int, m, t, bound: Expr, scratch) -> 
         cuda.store(entries, T.int64(LAST), half * THREADS + t)
     mine = cuda.local("int32", 1)
     cuda.store(mine, T.int32(0), 0)
-    with cuda.strided(vocab, t, THREADS) as v:
-        reaches = T.cast(entry_of(logits[m, v], v) >= bound, "int32")
-        cuda.store(mine, mine[0] + reaches, 0)
+
+    def count(entry: Expr) -> None:
+        cuda.store(mine, mine[0] + T.cast(entry >= bound, "int32"), 0)
+
+    each_entry(logits, vocab, m, t, count)
     before, total = scratch.scan(T.bind(mine[0]))
     at, listed = cuda.local("int32", 1), T.bind(total)
     cuda.store(at, before, 0)
-    with cuda.strided(vocab, t, THREADS) as v:
-        entry = entry_of(logits[m, v], v)
+
+    def write(entry: Expr) -> None:
         with cuda.when(entry >= bound):
             with cuda.when(at[0] < LISTED):
                 cuda.store(entries, entry, at[0])
             cuda.store(at, at[0] + 1, 0)
+
+    each_entry(logits, vocab, m, t, write)
     return listed
 
 
@@ -137,8 +156,7 @@ def kernel(vocab: int, target: GpuTarget) -> PrimFunc:
         scratch = cuda.Scratch(t, THREADS)
         best = cuda.local("int64", 1)
         cuda.store(best, T.int64(LAST), 0)
-        with cuda.strided(vocab, t, THREADS) as v:
-            cuda.store(best, T.max(best[0], entry_of(logits[m, v], v)), 0)
+        each_entry(logits, vocab, m, t, lambda e: cuda.store(best, T.max(best[0], e), 0))
         largest = T.bind(scratch.reduce(best[0], "max"))
         entries = cuda.shared("int64", LISTED)
         sums = cuda.shared("float64", THREADS)
