@@ -11,6 +11,7 @@
     tile | value | bound by
     64   |       | the definition: the positions that share a unit
     W    | 8     | one round up to a context of 512; a warp's shared memory is 8 D bytes
+    8    |       | rows of values whose loads are in flight at once, registers
 
 Integers and float64 give the definition's bits in any order (docs/architecture.md, "Attention").
 The dot product of levels is that of codes less qmax times the sum of q8. Rows of D no multiple of
@@ -33,6 +34,7 @@ from schedules.targets import GpuTarget
 
 KEYS = 64
 WARPS = 8
+BATCH = 8
 LOWEST = -1e300  # a score that counts for nothing
 
 
@@ -227,28 +229,42 @@ class Query:
         sums = cuda.local("int32" if self.is_quantized else "float64", self.columns)
         for i in range(self.columns):
             cuda.store(sums, T.cast(0, sums.dtype), i)
+        p_of_lane = self.p if self.is_quantized else weights
+        last = T.bind(first + count - 1)  # p is 0 past it, but there may be no such row
         for half in range(2):
-            p_of_lane = (self.p if self.is_quantized else weights)[half]
-            here = T.bind(T.max(T.min(count - half * cuda.WARP, cuda.WARP), 0))
-            with T.serial(here) as j:
-                p = T.bind(cuda.shuffle(p_of_lane, j))
-                t = first + half * cuda.WARP + j
-                for i in range(self.columns):
-                    d = T.min(self.lane + i * cuda.WARP, self.dim - 1)
-                    if self.is_quantized:
-                        self._add_code(sums, i, p, t, d)
-                    else:
-                        cuda.store(sums, sums[i] + p * self.head.value(1, t, d), i)
+            with T.serial(cuda.WARP // BATCH) as group:
+                with cuda.when(half * cuda.WARP + group * BATCH < count):
+                    for j in range(BATCH):
+                        t = T.bind(T.min(first + (half * cuda.WARP + group * BATCH + j), last))
+                        p = T.bind(cuda.shuffle(p_of_lane[half], group * BATCH + j))
+                        self._add_row(sums, p, t)
+        if self.head.kv_bits == 3:
+            with cuda.when(first == 0):
+                bos = T.bind(cuda.shuffle(p_of_lane[0], 0))
+                self._add_codes(sums, bos, 4, T.int64(0))
         for i in range(self.columns):
             weighted = T.cast(sums[i], "float64") * unit
             cuda.store(self.o, self.o[i] * rescale + weighted, i)
 
-    def _add_code(self, sums, i: int, p: Expr, t: Expr, d: Expr) -> None:
-        def add(bits: int, base: Expr) -> None:
-            level = self.head.code(1, bits, base, d) - qmax(bits)
+    def _add_row(self, sums, p: Expr, t: Expr) -> None:
+        """sums += p v[t] without a branch, so that a batch's loads wait together. Not the 3-bit bos."""
+        if not self.is_quantized:
+            for i in range(self.columns):
+                cuda.store(sums, sums[i] + p * self.head.value(1, t, self._column(i)), i)
+        elif self.head.kv_bits == 4:
+            self._add_codes(sums, p, 4, t * (self.dim // 2))
+        else:
+            p = T.bind(T.if_then_else(t == 0, T.int32(0), p))
+            self._add_codes(sums, p, 3, self.dim // 2 + (t - 1) * (3 * self.dim // 8))
+
+    def _add_codes(self, sums, p: Expr, bits: int, base: Expr) -> None:
+        for i in range(self.columns):
+            level = self.head.code(1, bits, base, self._column(i)) - qmax(bits)
             cuda.store(sums, sums[i] + p * level, i)
 
-        self.head.by_bits(t, add)
+    def _column(self, i: int) -> Expr:
+        """The lane's i-th; past D one that `finish` leaves out."""
+        return T.min(self.lane + i * cuda.WARP, self.dim - 1)
 
     def finish(self, out, m, first) -> None:
         """y of the head: the warps' shares on one scale, over the total."""
