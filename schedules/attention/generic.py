@@ -23,6 +23,9 @@ Measured: not yet.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -37,18 +40,43 @@ from schedules.targets import CpuTarget
 
 KEYS = 64  # of a block
 QUERIES = 32  # that one unpacked block serves
-# (what is multiplied, what is summed)
-DTYPES = {16: ("float64", "float64"), 4: ("int16", "int32"), 3: ("int16", "int32")}
+
+
+@dataclass(frozen=True)
+class Products:
+    """The two products with a block, as products.py defines them, and what they read."""
+
+    factor_dtype: str
+    sum_dtype: str
+    lanes: int  # columns of scratch are a multiple of
+    query_tile: int  # queries at once; those left are taken one by one
+    multiply_keys: Callable
+    multiply_values: Callable
+
+
+def plain_products(kv_bits: int, target: CpuTarget) -> Products:
+    factor_dtype, sum_dtype = ("float64", "float64") if kv_bits == 16 else ("int16", "int32")
+    lanes = target.lanes(64 if kv_bits == 16 else 32)
+    return Products(
+        factor_dtype, sum_dtype, lanes, QUERY_TILE,
+        partial(multiply_keys, lanes=lanes), partial(multiply_values, lanes=lanes),
+    )  # fmt: skip
 
 
 def kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: CpuTarget
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_bits: int,
+    target: CpuTarget,
+    products: Products | None = None,
 ) -> PrimFunc:
+    products = products or plain_products(kv_bits, target)
     group = num_heads // num_kv_heads
     tile_rows = max(1, QUERIES // group)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     code_dtype = "float16" if kv_bits == 16 else "uint8"
-    attend_tile = _tile(group, tile_rows, head_dim, kv_bits, target)
+    attend_tile = _tile(group, tile_rows, head_dim, kv_bits, target, products)
 
     @T.prim_func(s_tir=True)
     def attention(
@@ -80,14 +108,21 @@ def kernel(
     return attention
 
 
-def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: CpuTarget):
+def _tile(
+    group: int,
+    tile_rows: int,
+    head_dim: int,
+    kv_bits: int,
+    target: CpuTarget,
+    products: Products,
+):
     """attend_tile(..., head, first, last): rows first..last, run by run of one slot."""
-    factor_dtype, sum_dtype = DTYPES[kv_bits]
-    lanes = product_lanes(kv_bits, target)
+    factor_dtype, sum_dtype = products.factor_dtype, products.sum_dtype
+    lanes = products.lanes
     padded = math.ceil(head_dim / lanes) * lanes  # columns of scratch; those past D stay zero
     queries = tile_rows * group
     begin_query, finish_query = query_ends(head_dim, padded, kv_bits, target)
-    attend_block = _block(group, head_dim, kv_bits, target)
+    attend_block = _block(group, head_dim, kv_bits, target, products)
 
     @T.inline
     def attend_tile(qkv, codes, scales, slots, positions, y, head, first, last):
@@ -131,11 +166,6 @@ def _tile(group: int, tile_rows: int, head_dim: int, kv_bits: int, target: CpuTa
     return attend_tile
 
 
-def product_lanes(kv_bits: int, target: CpuTarget) -> int:
-    """Lanes of the sums of the two products."""
-    return target.lanes(64 if kv_bits == 16 else 32)
-
-
 def query_ends(head_dim: int, padded: int, kv_bits: int, target: CpuTarget):
     """Query i of the tile into scratch, INT8 for a quantised cache; and its result out of it."""
     lanes = target.lanes(32)
@@ -177,9 +207,9 @@ def query_ends(head_dim: int, padded: int, kv_bits: int, target: CpuTarget):
     return begin_query, finish_query
 
 
-def _block(group: int, head_dim: int, kv_bits: int, target: CpuTarget):
+def _block(group: int, head_dim: int, kv_bits: int, target: CpuTarget, products: Products):
     """attend_block(..., start, count): keys start : start + count of the run's slot."""
-    lanes = product_lanes(kv_bits, target)
+    query_tile = products.query_tile
     unpack_row = unpacker(kv_bits, head_dim, target)
 
     def load(codes, scales, slot, head, kv, start, count, block, block_scale):
@@ -192,11 +222,11 @@ def _block(group: int, head_dim: int, kv_bits: int, target: CpuTarget):
             store(block_scale, (j,), scale)
 
     def for_query_tiles(queries, body):
-        with T.serial(queries // QUERY_TILE) as i:
-            body(i * QUERY_TILE, QUERY_TILE)
-        if group % QUERY_TILE:
-            with T.If(queries % QUERY_TILE != 0), T.Then():
-                body(queries - 1, 1)
+        with T.serial(queries // query_tile) as i:
+            body(i * query_tile, query_tile)
+        if group % query_tile:
+            with T.serial(queries % query_tile) as i:
+                body(queries // query_tile * query_tile + i, 1)
 
     def attend_block(
         codes, scales, positions, q, o, p, block, key_scale, value_scale,
@@ -205,10 +235,10 @@ def _block(group: int, head_dim: int, kv_bits: int, target: CpuTarget):
         queries = T.bind(T.cast(run[1] - run[0], "int32") * group)
 
         def keys(first, tile):
-            multiply_keys(q, block, p, first, tile, count, lanes)
+            products.multiply_keys(q, block, p, first, tile, count)
 
         def values(first, tile):
-            multiply_values(p, block, state, o, first, tile, count, lanes)
+            products.multiply_values(p, block, state, o, first, tile, count)
 
         load(codes, scales, slot, head, 0, start, count, block, key_scale)
         for_query_tiles(queries, keys)

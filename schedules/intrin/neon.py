@@ -63,6 +63,11 @@ def add_pairs_long(words: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", words)
 
 
+def add_neighbours(a: Expr, b: Expr) -> Expr:
+    """addp: int32 sums of two neighbours, two of a, then two of b."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", a, b)
+
+
 def sum_lanes(vector: Expr) -> Expr:
     """addv: the int32 sum of all lanes."""
     return T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", vector)
@@ -78,3 +83,15 @@ def zip_lanes(a: Expr, b: Expr, half: int) -> Expr:
     lanes = int(a.ty.dtype.lanes)
     first = half * lanes // 2
     return T.Shuffle([a, b], [i for j in range(first, first + lanes // 2) for i in (j, lanes + j)])
+
+
+def transpose(rows: list[Expr]) -> list[Expr]:
+    """Four registers of 16 bytes -> uint8x16 v: bytes 4v .. 4v + 3, of each the four rows'."""
+    a, b, c, d = rows
+    pairs = [[zip_lanes(*two, half=z) for two in ((a, b), (c, d))] for z in (0, 1)]
+    words = [[T.Bind(T.reinterpret("uint16x8", v)) for v in pair] for pair in pairs]
+    return [
+        T.Bind(T.reinterpret("uint8x16", zip_lanes(low, high, z)))
+        for low, high in words
+        for z in (0, 1)
+    ]

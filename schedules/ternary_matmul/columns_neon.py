@@ -59,16 +59,6 @@ def list_columns(column, qs, total, q, m, count, column_of):
         T.buffer_store(qs, T.int8(0), [count + i])
 
 
-def transposed(columns):
-    """uint8x16 v of four columns' bytes: rows 4v .. 4v + 3, the four columns of each"""
-    a, b, c, d = columns
-    pairs = [[neon.zip_lanes(*two, half=z) for two in ((a, b), (c, d))] for z in (0, 1)]
-    words = [[T.Bind(T.reinterpret("uint16x8", v)) for v in pair] for pair in pairs]
-    for pair in words:
-        for z in (0, 1):
-            yield T.Bind(T.reinterpret("uint8x16", neon.zip_lanes(pair[0], pair[1], z)))
-
-
 def scaled_field(bytes_, f: int):
     """The codes of field f, shifted left by SCALES[f], as int8x16"""
     if f == 3:
@@ -84,7 +74,7 @@ def dot_group(sum32, w, columns, quads, first, b, h):
         bytes_ = [
             T.Bind(load(w, column, first + b, 16 * h, lanes=16)) for column in columns[c:][:4]
         ]
-        for v, rows in enumerate(transposed(bytes_)):
+        for v, rows in enumerate(neon.transpose(bytes_)):
             for f in range(FIELDS):
                 sums[f, v] = T.Bind(neon.dot(sums[f, v], scaled_field(rows, f), quads[c // 4]))
     for j, f, v in at:
@@ -179,7 +169,7 @@ def unpack(w, k: int, form: Form, codes, b, p0, quads):
         return T.reinterpret("int8x16", code) - splat("int8", 1 - form.bias, 16)
 
     def quad_of(p, h):
-        return [signed(v) for v in transposed([bytes_of(4 * p + c, h) for c in range(4)])]
+        return [signed(v) for v in neon.transpose([bytes_of(4 * p + c, h) for c in range(4)])]
 
     if not form.by_quads:
         with T.serial(quads) as p:
