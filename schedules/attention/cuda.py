@@ -247,7 +247,7 @@ class Query:
             cuda.store(self.o, self.o[i] * rescale + weighted, i)
 
     def _add_row(self, sums, p: Expr, t: Expr) -> None:
-        """sums += p v[t] without a branch, so that a batch's loads wait together. Not the 3-bit bos."""
+        """sums += p v[t] but for a 3-bit cache's bos; no branch: a batch's loads wait together."""
         if not self.is_quantized:
             for i in range(self.columns):
                 cuda.store(sums, sums[i] + p * self.head.value(1, t, self._column(i)), i)
