@@ -5,6 +5,8 @@
     pair_nibble  | (ceil(N/64), P, 32)      | low nibble of byte j = 3(w[n, 2p]+1) + w[n, 2p+1]+1
                  |                          | for n = 64b+j; high nibble for row 64b+32+j
     columns_2bit | (K, ceil(N/128), 32)     | bits 2f.. of byte j = w[128b+32f+j, k] + 1
+    columns_256  | (K, ceil(N/256), 64)     | bits 2f.. of byte 16l+4i+e
+                 |                          | = w[256b+64f+16i+4l+e, k] + 1, i, l, e < 4
     quads_2bit   | (ceil(N/64), Q, 64)      | bits 2f.. of byte 4j+i = w[64b+16f+j, 4q+i] + 1
     tiles_2bit   | (ceil(N/16),             | bits 2i.. of byte 64g + 16t + 8v + 4h + j
                  |  ceil(K/128), 512)       | = w[16a + 8h + g, 128c + 64v + 16i + 4t + j] & 3
@@ -123,6 +125,24 @@ def _tiles_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
     return code.reshape(16 * tiles, 128 * chunks)[:n, :k].copy()
 
 
+def _columns_256_shape(n: int, k: int) -> tuple[int, ...]:
+    return k, -(-n // 256), 64
+
+
+def _columns_256_pack(w: np.ndarray) -> np.ndarray:
+    k, blocks, _ = _columns_256_shape(*w.shape)
+    field = _padded(w, 256, k).reshape(blocks, 4, 64, k)
+    byte = field[:, 0] | field[:, 1] << 2 | field[:, 2] << 4 | field[:, 3] << 6
+    order = byte.reshape(blocks, 4, 4, 4, k).transpose(4, 0, 2, 1, 3)  # k, b, l, i, e
+    return np.ascontiguousarray(order).reshape(k, blocks, 64)
+
+
+def _columns_256_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    byte = packed.reshape(k, -1, 4, 4, 4).transpose(1, 3, 2, 4, 0).reshape(-1, 64, k)
+    code = np.stack([byte >> (2 * f) & 3 for f in range(4)], axis=1)
+    return code.reshape(-1, k)[:n].astype(np.int8) - np.int8(1)
+
+
 QUAD_GROUP = 16
 
 
@@ -176,6 +196,7 @@ LAYOUTS = {
         Layout("rows_2bit", _rows_2bit_shape, _rows_2bit_pack, _rows_2bit_unpack),
         Layout("pair_nibble", _pair_nibble_shape, _pair_nibble_pack, _pair_nibble_unpack),
         Layout("columns_2bit", _columns_2bit_shape, _columns_2bit_pack, _columns_2bit_unpack),
+        Layout("columns_256", _columns_256_shape, _columns_256_pack, _columns_256_unpack),
         Layout("quads_2bit", _quads_2bit_shape, _quads_2bit_pack, _quads_2bit_unpack),
         Layout("tiles_2bit", _tiles_2bit_shape, _tiles_2bit_pack, _tiles_2bit_unpack),
         Layout("quads_signed", _quads_signed_shape, _quads_signed_pack, _quads_signed_unpack),

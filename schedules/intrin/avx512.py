@@ -33,3 +33,26 @@ def prefetch(buffer, *index: Expr | int) -> None:
     read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
     address = T.address_of(buffer[index])
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, all_levels, data))
+
+
+def interleave(a: Expr, b: Expr, unit: int) -> tuple[Expr, Expr]:
+    """vpunpckl and vpunpckh of bytes (unit 1) or words (2): a[0], b[0], a[1], b[1], ... of the
+    lower and of the upper half of each 128-bit lane."""
+    lanes, eight = LINE // unit, 16 // unit // 2
+    starts = [range(lane, lanes, 2 * eight) for lane in (0, eight)]
+    return tuple(
+        T.Shuffle([a, b], [i for s in half for j in range(s, s + eight) for i in (j, lanes + j)])
+        for half in starts
+    )
+
+
+def columns_to_quads(columns: list[Expr]) -> list[Expr]:
+    """Four registers of 64 bytes -> four of 16 quads: quad 4l + e of result i is byte 16l + 4i + e
+    of each column."""
+    a, b, c, d = columns
+    found = []
+    for ab, cd in zip(interleave(a, b, 1), interleave(c, d, 1), strict=True):
+        first, second = (T.reinterpret("uint16x32", T.Bind(half)) for half in (ab, cd))
+        quads = interleave(first, second, 2)
+        found += [T.Bind(T.reinterpret("uint8x64", quad)) for quad in quads]
+    return found

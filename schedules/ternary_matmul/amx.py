@@ -1,14 +1,14 @@
 """ternary_matmul on AMX: prompts by tiles of 16 x 16 outputs, a few rows as avx512vnni.py.
 
     for thread in threads:                              parallel, a share of the blocks each
-        qs[TILE_M, 4Q] = rows of q                      zeros behind K and M
         M < 16: as avx512vnni.py
         M >= 16:
+            tiles[TILE_M/16, K/64, 16, 64] = q          zeros behind K; rows past M are not read out
             for b in share:
                 codes[K/64, 4, 16, 64] = 3 << 2f masks of w[b]     64 K bytes, within L2
                 for rows of the tile by 32, fields by 2:           four tiles of sums
                     for kk in K/64:                     two tiles of q, two of codes
-                        sums[i, f] += q[i, kk] * codes[kk, f]      four tdpbsud, 64 cycles
+                        sums[i, f] += tiles[i, kk] * codes[kk, f]  four tdpbsud, 64 cycles
                     sums32[32, 64] = the tiles                     L1, then the epilogue
 
     tile    | value       | bound by
@@ -16,9 +16,10 @@
     TILE_M  | of l2_bytes | rows of q in half of L2
 
 A quad of columns of 16 outputs is a row of a tile as the layout stores it: unpacking is a mask.
-Measured: Sapphire Rapids class Xeon, 2 cores, 2026-11-22, best of 7 interleaved runs, 128 tokens:
-2560 x 2560, two threads 1.55 ms (avx512vnni.py 2.49, avx2.py INT4 4.40, INT8 8.54); 2560 x 6912,
-one thread 3.78 ms (11.7, 18.3, 51.3): 1200 G op/s.
+Measured: Sapphire Rapids class Xeon, 2 cores, busy, 2026-11-22, best of 7 interleaved runs, 128
+tokens, one thread: 2560 x 2560 1.39 ms (avx512vnni.py 4.09), 2560 x 6912 3.78 ms (11.7; avx2.py
+18.3 for INT4, 51.3): 1200 G op/s, a quarter of the peak. Rows of q at their own stride in place
+of tiles: the same.
 """
 
 from tvm.script import tirx as T
@@ -29,7 +30,7 @@ from schedules.intrin import amx, avx2, avx512, threads
 from schedules.layouts import num_quads
 from schedules.targets import CpuTarget
 from schedules.ternary_matmul import avx512vnni
-from schedules.ternary_matmul.avx512vnni import BLOCK, FIELDS, copy_row, many_rows, one_row
+from schedules.ternary_matmul.avx512vnni import BLOCK, FIELDS, copy_row, many_rows, one_row, sum_row
 
 HEIGHT = 2 * amx.ROWS  # rows of q at once
 KNOBS = avx512vnni.KNOBS
@@ -48,14 +49,23 @@ def unpack(codes, w, b):
             avx2.store(codes, kk, f, row, 0, value=bytes_ & mask, lanes=avx512.LINE)
 
 
-def multiply(sums32, codes, qs, r, fields: int):
-    """sums32[:32, 16 fields :][:32] = rows of qs from r on times two fields from `fields` on"""
+def copy_tiles(tiles, totals, row, q, m, height, k: int):
+    """tiles[r // 16, kk, r % 16] = 64 columns of row m + r of q; totals as in `copy_row`"""
+    with T.serial(height) as r:
+        copy_row(row, 0, q, m + r, k)
+        sum_row(totals, r, row, 0)
+        with T.serial(tiles.shape[1]) as kk:
+            value = avx2.load(row, 0, 64 * kk, lanes=64)
+            avx2.store(tiles, r // amx.ROWS, kk, r % amx.ROWS, 0, value=value, lanes=64)
+
+
+def multiply(sums32, codes, tiles, r0, fields: int):
+    """sums32[:32, 16 fields :][:32] = two tiles of rows from r0 on times two fields"""
     for tile in SUMS:
         amx.clear(tile)
-    row_bytes = int(qs.shape[1])
     with T.serial(codes.shape[0]) as kk:
         for i, tile in enumerate(ACTIVATIONS):
-            amx.load(tile, qs, r + amx.ROWS * i, 64 * kk, row_bytes=row_bytes)
+            amx.load(tile, tiles, r0 + i, kk, 0, 0, row_bytes=amx.ROW_BYTES)
         for j, tile in enumerate(CODES):
             amx.load(tile, codes, kk, fields + j, 0, 0, row_bytes=amx.ROW_BYTES)
         for at, tile in enumerate(SUMS):
@@ -65,12 +75,12 @@ def multiply(sums32, codes, qs, r, fields: int):
         amx.store(tile, sums32, amx.ROWS * (at // 2), column, row_bytes=4 * BLOCK)
 
 
-def tile_block(output, codes, sums32, qs, totals, m, height, b):
+def tile_block(output, codes, sums32, tiles, totals, m, height, b):
     """out[m : m + height] of block b, whose codes are unpacked"""
     with T.serial(T.ceildiv(height, HEIGHT)) as r0:
         r = r0 * HEIGHT
         for fields in range(0, FIELDS, 2):
-            multiply(sums32, codes, qs, r, fields)
+            multiply(sums32, codes, tiles, 2 * r0, fields)
         with T.serial(T.min(height - r, HEIGHT)) as i:
 
             def finished(column, lanes):
@@ -80,13 +90,6 @@ def tile_block(output, codes, sums32, qs, totals, m, height, b):
                 return T.shift_right(found, shift) - totals[r + i]
 
             output.store(m + r + i, b, BLOCK, finished)
-
-
-def clear_rows(qs, totals, height):
-    """Zeros in the rows behind `height` up to a multiple of HEIGHT"""
-    with T.serial(-height % HEIGHT) as r, T.serial(int(qs.shape[1]) // 64) as v:
-        zeros = T.broadcast(T.int8(0), avx512.LINE)
-        avx2.store(qs, height + r, 64 * v, value=zeros, lanes=avx512.LINE)
 
 
 def kernel(
@@ -123,27 +126,30 @@ def kernel(
             for task in T.parallel(tasks):
                 first = threads.share(blocks, task, tasks)
                 share = threads.share(blocks, task + 1, tasks) - first
-                qs = T.alloc_buffer((tile_m, 4 * quads), "int8")
+                row = T.alloc_buffer((amx.ROWS, 4 * quads), "int8")
                 totals = T.alloc_buffer((tile_m,), "int32")
                 for tile_index in T.serial(T.ceildiv(T.cast(num_rows, "int32"), tile_m)):
                     m = T.meta_var(tile_index * tile_m)
                     height = T.min(T.cast(num_rows, "int32") - m, tile_m)
-                    for r in T.serial(height):
-                        copy_row(qs, totals, q, m + r, r, k)
-                    if height == 1:
-                        one_row(output, w, qs, totals, m, first, share, streams, prefetch)
-                    elif height < amx.ROWS:
-                        for b in T.serial(share):
-                            many_rows(output, w, qs, totals, m, height, first + b, rows)
+                    if height < amx.ROWS:
+                        for r in T.serial(height):
+                            copy_row(row, r, q, m + r, k)
+                            sum_row(totals, r, row, r)
+                        if height == 1:
+                            one_row(output, w, row, totals, m, first, share, streams, prefetch)
+                        else:
+                            for b in T.serial(share):
+                                many_rows(output, w, row, totals, m, height, first + b, rows)
                     else:
-                        codes = T.alloc_buffer((quads // amx.ROWS, FIELDS, amx.ROWS, 64), "uint8")
+                        tiles = T.alloc_buffer((tile_m // 16, quads // 16, 16, 64), "int8")
+                        codes = T.alloc_buffer((quads // 16, FIELDS, 16, 64), "uint8")
                         sums32 = T.alloc_buffer((HEIGHT, BLOCK), "int32")
                         palette = T.alloc_buffer((64,), "uint8")
                         amx.configure(palette)
-                        clear_rows(qs, totals, height)
+                        copy_tiles(tiles, totals, row, q, m, height, k)
                         for b in T.serial(share):
                             unpack(codes, w, first + b)
-                            tile_block(output, codes, sums32, qs, totals, m, height, first + b)
+                            tile_block(output, codes, sums32, tiles, totals, m, height, first + b)
                         amx.release()
 
     return end.finish(ternary_matmul)

@@ -50,10 +50,8 @@ def masks() -> list[Expr]:
     return [T.Bind(T.broadcast(T.uint8(3 << 2 * f), avx512.LINE)) for f in range(FIELDS)]
 
 
-def copy_row(qs, totals, q, m, r, k: int):
-    """qs[r] = row m of q, zeros behind K; totals[r] = their sum"""
-    lanes = T.alloc_buffer((1, 16), "int32", scope="local")
-    avx2.clear(lanes, 1, "int32", 16)
+def copy_row(qs, r, q, m, k: int):
+    """qs[r] = row m of q, zeros behind K"""
     with T.serial(k // avx512.LINE) as v:
         column = avx512.LINE * v
         avx2.store(qs, r, column, value=avx2.load(q, m, column, lanes=64), lanes=64)
@@ -62,12 +60,18 @@ def copy_row(qs, totals, q, m, r, k: int):
         avx2.store(qs, r, rest, value=T.broadcast(T.int8(0), avx512.LINE), lanes=64)
         with T.serial(k % avx512.LINE) as i:
             T.buffer_store(qs, q[m, rest + i], [r, rest + i])
-    with T.serial(4 * num_quads(k) // avx512.LINE) as v:
+
+
+def sum_row(totals, to, qs, r):
+    """totals[to] = sum of row r of qs"""
+    lanes = T.alloc_buffer((1, 16), "int32", scope="local")
+    avx2.clear(lanes, 1, "int32", 16)
+    with T.serial(int(qs.shape[1]) // avx512.LINE) as v:
         ones = T.broadcast(T.uint8(1), avx512.LINE)
         codes = avx2.load(qs, r, avx512.LINE * v, lanes=64)
         total = avx512.dot_bytes(avx2.load(lanes, 0, 0, lanes=16), ones, codes)
         avx2.store(lanes, 0, 0, value=total, lanes=16)
-    T.buffer_store(totals, avx2.sum_lanes(avx2.load(lanes, 0, 0, lanes=16)), [r])
+    T.buffer_store(totals, avx2.sum_lanes(avx2.load(lanes, 0, 0, lanes=16)), [to])
 
 
 def quad_of(qs, r, quad) -> Expr:
@@ -181,7 +185,8 @@ def kernel(
                     m = T.meta_var(tile_index * tile_m)
                     height = T.min(T.cast(num_rows, "int32") - m, tile_m)
                     for r in T.serial(height):
-                        copy_row(qs, totals, q, m + r, r, k)
+                        copy_row(qs, r, q, m + r, k)
+                        sum_row(totals, r, qs, r)
                     if height == 1:
                         one_row(output, w, qs, totals, m, first, share, streams, prefetch)
                     else:

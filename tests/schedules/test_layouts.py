@@ -25,6 +25,11 @@ def columns_2bit(p, n, k):
     return (int(p[k, n // 128, n % 32]) >> 2 * (n % 128 // 32) & 3) - 1
 
 
+def columns_256(p, n, k):
+    byte = 16 * (n % 16 // 4) + 4 * (n % 64 // 16) + n % 4
+    return (int(p[k, n // 256, byte]) >> 2 * (n % 256 // 64) & 3) - 1
+
+
 def quads_2bit(p, n, k):
     return (int(p[n // 64, k // 4, n % 16 * 4 + k % 4]) >> 2 * (n % 64 // 16) & 3) - 1
 
@@ -40,7 +45,15 @@ def quads_signed(p, n, k):
     return (0, 1, None, -1)[bits] if field == 3 else bits - 1
 
 
-ELEMENTS = (rows_2bit, pair_nibble, columns_2bit, quads_2bit, tiles_2bit, quads_signed)
+ELEMENTS = (
+    rows_2bit,
+    pair_nibble,
+    columns_2bit,
+    columns_256,
+    quads_2bit,
+    tiles_2bit,
+    quads_signed,
+)
 DEFINITIONS = {f.__name__: f for f in ELEMENTS}
 PADDING = dict.fromkeys(DEFINITIONS, 0b01010101) | {
     "pair_nibble": 4 * 17,
