@@ -294,6 +294,14 @@ def normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return x * (1 / torch.sqrt(mean_square + EPS)).float() * gain
 
 
+def int8(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT8 absmax; tensors divide where PyTorch would multiply by the reciprocal of a number."""
+    gamma = h.abs().amax(1).clamp_min(1e-5)
+    limit = torch.full_like(gamma, 127)
+    q = (h * (limit / gamma)[:, None]).round().clamp(-128, 127)
+    return q.to(torch.int8), gamma / limit
+
+
 def topk(k: int, keep: int, m: int) -> Case:
     def inputs():
         lists = empty(m, k, dtype=torch.int32), empty(m, dtype=torch.int32)
@@ -302,14 +310,13 @@ def topk(k: int, keep: int, m: int) -> Case:
 
     def expected(arrays):
         h = normed(*arrays[:2])
-        gamma = h.abs().amax(1).clamp_min(1e-5)
-        q = (h * (127 / gamma)[:, None]).round().clamp(-128, 127).to(torch.int8)
+        q, scale = int8(h)
         order = torch.sort(h.abs(), dim=1, descending=True, stable=True).indices[:, :keep]
         q = torch.where(torch.zeros_like(q, dtype=torch.bool).scatter(1, order, True), q, 0)
         count = (q != 0).sum(1).int()
         listed = torch.arange(k, device="cuda") < count[:, None]
         rising = torch.sort((q == 0).to(torch.uint8), dim=1, stable=True).indices.int()
-        return [q, gamma / 127, torch.where(listed, rising, arrays[4]), count]
+        return [q, scale, torch.where(listed, rising, arrays[4]), count]
 
     name = f"topk {keep} of {k} M={m}"
     return Case("rows", name, "rms_norm_topk", (k, keep, EPS), inputs, 4, expected)
@@ -365,12 +372,11 @@ def attention(m: int, context: int) -> Case:
     def expected(arrays):
         qkv, codes, scales, _, at, found = arrays
         q = qkv[:, : heads * dim].reshape(m, heads, dim).swapaxes(0, 1)
-        gamma = q.abs().amax(-1, keepdim=True).clamp_min(1e-5)
-        q8 = (q * (127 / gamma)).round().clamp(-128, 127).double()
+        q8, q_scale = (part.reshape(heads, m, -1).double() for part in int8(q.reshape(-1, dim)))
         kv = levels(codes)[0].repeat_interleave(heads // kv_heads, 0)
         scale = scales[0].double().repeat_interleave(heads // kv_heads, 0)
         dots = q8 @ kv[:, 0].mT
-        scores = dots * scale[:, None, 0] * (gamma / 127).double() / np.sqrt(dim)
+        scores = dots * scale[:, None, 0] * q_scale / np.sqrt(dim)
         scores.masked_fill_(torch.arange(context, device="cuda") > at[:, None], -torch.inf)
         e = (scores - scores.amax(-1, keepdim=True)).exp()
         total, y = e.sum(-1, keepdim=True), 0

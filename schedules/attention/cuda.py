@@ -11,7 +11,7 @@
     tile | value | bound by
     64   |       | the definition: the positions that share a unit
     W    | 8     | one round up to a context of 512; a warp's shared memory is 8 D bytes
-    8    |       | rows of values whose loads are in flight at once, registers
+    rows | 8     | of values whose loads are in flight at once: registers
 
 Integers and float64 give the definition's bits in any order (docs/architecture.md, "Attention").
 The dot product of levels is that of codes less qmax times the sum of q8. Rows of D no multiple of
@@ -34,7 +34,7 @@ from schedules.targets import GpuTarget
 
 KEYS = 64
 WARPS = 8
-BATCH = 8
+ROWS = 8  # of values that are loaded before the first is used
 LOWEST = -1e300  # a score that counts for nothing
 
 
@@ -226,45 +226,63 @@ class Query:
         return unit
 
     def _add_values(self, first: Expr, count: Expr, weights, rescale: Expr, unit: Expr) -> None:
+        """o = o * rescale + (sum of p[t] v[t]) * unit, eight rows in flight."""
+        p = self.p if self.is_quantized else weights
         sums = cuda.local("int32" if self.is_quantized else "float64", self.columns)
-        for i in range(self.columns):
-            cuda.store(sums, T.cast(0, sums.dtype), i)
-        p_of_lane = self.p if self.is_quantized else weights
-        last = T.bind(first + count - 1)  # p is 0 past it, but there may be no such row
+        bias = self._start_sums(sums, first, p)
         for half in range(2):
-            with T.serial(cuda.WARP // BATCH) as group:
-                with cuda.when(half * cuda.WARP + group * BATCH < count):
-                    for j in range(BATCH):
-                        t = T.bind(T.min(first + (half * cuda.WARP + group * BATCH + j), last))
-                        p = T.bind(cuda.shuffle(p_of_lane[half], group * BATCH + j))
-                        self._add_row(sums, p, t)
-        if self.head.kv_bits == 3:
-            with cuda.when(first == 0):
-                bos = T.bind(cuda.shuffle(p_of_lane[0], 0))
-                self._add_codes(sums, bos, 4, T.int64(0))
+            start = T.bind(first + half * cuda.WARP)
+            here = T.bind(T.max(T.min(count - half * cuda.WARP, cuda.WARP), 0))
+            with T.serial(T.ceildiv(here, ROWS)) as group:
+                at = T.bind(start + group * ROWS)
+                with T.If(group * ROWS + ROWS <= here):
+                    with T.Then():
+                        self._add_rows(sums, p[half], group * ROWS, at)
+                    with T.Else():
+                        last = T.bind(first + count - 1)
+                        self._add_rows(sums, p[half], group * ROWS, at, last)
         for i in range(self.columns):
-            weighted = T.cast(sums[i], "float64") * unit
+            weighted = T.cast(sums[i] - bias, "float64") * unit
             cuda.store(self.o, self.o[i] * rescale + weighted, i)
 
-    def _add_row(self, sums, p: Expr, t: Expr) -> None:
-        """sums += p v[t] but for a 3-bit cache's bos; no branch: a batch's loads wait together."""
-        if not self.is_quantized:
-            for i in range(self.columns):
-                cuda.store(sums, sums[i] + p * self.head.value(1, t, self._column(i)), i)
-        elif self.head.kv_bits == 4:
-            self._add_codes(sums, p, 4, t * (self.dim // 2))
-        else:
-            p = T.bind(T.if_then_else(t == 0, T.int32(0), p))
-            self._add_codes(sums, p, 3, self.dim // 2 + (t - 1) * (3 * self.dim // 8))
-
-    def _add_codes(self, sums, p: Expr, bits: int, base: Expr) -> None:
+    def _start_sums(self, sums, first: Expr, p) -> Expr:
+        """The bos row of a 3-bit cache, which leaves p; qmax times the sum of p."""
         for i in range(self.columns):
-            level = self.head.code(1, bits, base, self._column(i)) - qmax(bits)
-            cuda.store(sums, sums[i] + p * level, i)
+            cuda.store(sums, T.cast(0, sums.dtype), i)
+        if not self.is_quantized:
+            return T.float64(0)
+        bits = self.head.kv_bits
+        if bits == 3:
+            with cuda.when(first == 0):
+                weight = T.bind(cuda.shuffle(p[0], 0))
+                for i in range(self.columns):
+                    level = self.head.code(1, 4, T.int64(0), self._column(i)) - qmax(4)
+                    cuda.store(sums, weight * level, i)
+                cuda.store(p, T.Select(self.lane == 0, 0, p[0]), 0)
+        return cuda.warp_reduce(p[0] + p[1], "sum") * qmax(bits)
 
     def _column(self, i: int) -> Expr:
-        """The lane's i-th; past D one that `finish` leaves out."""
         return T.min(self.lane + i * cuda.WARP, self.dim - 1)
+
+    def _add_rows(self, sums, p: Expr, j: Expr, at: Expr, last: Expr | None = None) -> None:
+        """sums += p of lane j + r times the codes of row at + r; p is 0 beyond `last`."""
+        terms = []
+        for r in range(ROWS):
+            weight = T.bind(cuda.shuffle(p, j + r))
+            t = at + r if last is None else T.min(at + r, last)
+            for i in range(self.columns):
+                terms.append((i, weight, T.bind(self._term(t, self._column(i)))))
+        for i, weight, term in terms:
+            cuda.store(sums, sums[i] + weight * term, i)
+
+    def _term(self, t: Expr, d: Expr) -> Expr:
+        if not self.is_quantized:
+            return self.head.value(1, t, d)
+        bits = self.head.kv_bits
+        if bits == 4:
+            return self.head.code(1, 4, t * (self.dim // 2), d)
+        base = self.dim // 2 + (T.max(t, 1) - 1) * (3 * self.dim // 8)
+        return self.head.code(1, 3, base, d)
 
     def finish(self, out, m, first) -> None:
         """y of the head: the warps' shares on one scale, over the total."""

@@ -40,6 +40,11 @@ def when(condition: Expr) -> Iterator[None]:
         yield
 
 
+def min_blocks(count: int):
+    """Registers for this many blocks on a multiprocessor; around a kernel's body."""
+    return T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", count)
+
+
 def both(a: Expr, b: Expr) -> Expr:
     return tirx.all(a, b)
 
@@ -82,6 +87,15 @@ def warp_reduce(value: Expr, op: str, width: int = WARP) -> Expr:
     return T.bind(T.cuda.warp_reduce(value, op, width))
 
 
+def shuffle(value: Expr, lane: Expr | int) -> Expr:
+    """The value that `lane` has."""
+    return T.tvm_warp_shuffle(T.uint32(FULL_MASK), value, lane, WARP, WARP)
+
+
+def shuffle_up(value: Expr, offset: int) -> Expr:
+    return T.tvm_warp_shuffle_up(T.uint32(FULL_MASK), value, offset, WARP, WARP)
+
+
 def shuffle_xor(value: Expr, lanes: int) -> Expr:
     return T.tvm_warp_shuffle_xor(T.uint32(FULL_MASK), value, lanes, WARP, WARP)
 
@@ -118,44 +132,38 @@ class Scratch:
         sync()
         return lambda warp: from_bits(self.buffer[warp], str(partial.ty.dtype))
 
+    def of_lane(self, of_warp: Callable[[Expr | int], Expr], neutral: Expr) -> Expr:
+        """The partial value of the warp whose number is the lane's."""
+        lane = self.t % WARP
+        value = of_warp(T.min(lane, self.warps - 1))
+        return T.bind(T.Select(lane < self.warps, value, neutral))
+
     def reduce(self, value: Expr, op: str) -> Expr:
-        """sum or max over the block's threads."""
+        """sum or max (of what is not negative) over the block's threads."""
         partial = warp_reduce(value, op)
         if self.warps == 1:
             return partial
-        combine = {"sum": lambda a, b: a + b, "max": T.max}[op]
-        of_warp = self.share(partial)
-        total = of_warp(0)
-        for warp in range(1, self.warps):
-            total = T.bind(combine(total, of_warp(warp)))
-        return total
+        zero = T.cast(0, str(partial.ty.dtype))
+        return warp_reduce(self.of_lane(self.share(partial), zero), op)
 
     def scan(self, value: Expr) -> tuple[Expr, Expr]:
         """(sum of the int32 values of earlier threads, sum of all)."""
+        within = self._scan_warp(value)
+        of_warp = self.share(within)
+        warps = self._scan_warp(self.of_lane(of_warp, T.int32(0)))
+        this = T.bind(self.t // WARP)
+        earlier = T.bind(shuffle(warps, T.max(this - 1, 0)))
+        total = T.bind(shuffle(warps, self.warps - 1))
+        return T.Select(this > 0, earlier, 0) + within - value, total
+
+    def _scan_warp(self, value: Expr) -> Expr:
         running = local("int32", 1)
         store(running, value, 0)
         for step in (1, 2, 4, 8, 16):
             other = T.bind(shuffle_up(running[0], step))
             with when(self.t % WARP >= step):
                 store(running, running[0] + other, 0)
-        sums = local("int32", 2)  # of earlier warps, of all
-        store(sums, T.int32(0), 0)
-        store(sums, T.int32(0), 1)
-        of_warp = self.share(running[0])
-        with T.serial(self.warps) as warp:
-            with when(warp < self.t // WARP):
-                store(sums, sums[0] + of_warp(warp), 0)
-            store(sums, sums[1] + of_warp(warp), 1)
-        return sums[0] + running[0] - value, sums[1]
-
-
-def shuffle(value: Expr, lane: Expr) -> Expr:
-    """The value that `lane` has."""
-    return T.tvm_warp_shuffle(T.uint32(FULL_MASK), value, lane, WARP, WARP)
-
-
-def shuffle_up(value: Expr, offset: int) -> Expr:
-    return T.tvm_warp_shuffle_up(T.uint32(FULL_MASK), value, offset, WARP, WARP)
+        return T.bind(running[0])
 
 
 def dp4a(a: Expr, b: Expr, acc: Expr) -> Expr:

@@ -7,8 +7,8 @@
         q[P] = quantize(h)
 
     tile | value                             | bound by
-    P    | least multiple of 4 in which 1024 | threads of a block: 4 up to K = 4096, 8 to 8192;
-         | threads hold the row              | one 16-byte load each per row and gain
+    P    | least multiple of 4 in which 512  | barriers, which cost more the more threads wait:
+         | threads hold the row              | 4 up to K = 2048, 8 to 4096
 
 nvcc contracts a product into a sum only in the float64 sums of squares, where the product is exact.
 """
@@ -26,6 +26,7 @@ from schedules.rms_norm.generic import QUANTIZERS, SMALLEST_STAT, write_mean
 from schedules.targets import GpuTarget
 
 VECTOR = 4  # float32 of one 16-byte load
+MAX_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Row:
 
     @property
     def run(self) -> int:
-        return -(-self.k // (VECTOR * cuda.MAX_THREADS)) * VECTOR
+        return -(-self.k // (VECTOR * MAX_THREADS)) * VECTOR
 
     @property
     def threads(self) -> int:

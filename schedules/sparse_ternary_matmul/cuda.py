@@ -1,16 +1,18 @@
-"""sparse_ternary_matmul on CUDA: only the listed columns are read; a block 128 outputs of a token.
+"""sparse_ternary_matmul on CUDA: only the listed columns are read; a block 32 outputs of a token.
 
-    for b, m in N/128, M:                            blockIdx.x, blockIdx.y
-        for warp in W:                               every W-th group of 16 listed columns each
-            lane (c, word) in 4, 8:                  a column's 32 bytes are 8 lanes' words
-                a[4] = words of columns 4c .. 4c+3   four loads in flight a group, D groups
+    for b, m in N/(16 S), M:                         blockIdx.y, blockIdx.x
+        list[count] = column, q                      shared; every index of the row is asked for at
+                                                     once, before the count is known
+        for warp in 16:                              every 16th group of 4 G listed columns each
+            lane (g, word) in G = 32/S, S:           S words of a column
+                a[4] = words of columns 4g .. 4g+3   four loads in flight
                 transpose to four bytes of a row     8 byte permutations
                 acc[16] += dp4a(q, a & 3 << 2f)      16 outputs; fields 1, 2 are 4, 16 too large
-        out[128] = residual + (sum over warps and c - sum of q) * scale
+        out[16 S] = residual + (sum over warps and g - sum of q) * scale
 
     tile | value | bound by
-    W    | 16    | loads in flight: 20 blocks at N = 2560
-    D    | 2     | registers: 8 words, 16 accumulators
+    S    | 2     | 80 blocks at N = 2560; each reads 8 of a column's 32 bytes, L2 keeps the rest
+    warp | 16    | one or two rounds for a thousand columns
 
 The codes are w + 1. |acc| < 2^14 K: int32 holds K < 2^17.
 """
@@ -24,75 +26,100 @@ from schedules.intrin import cuda
 from schedules.targets import GpuTarget
 
 BLOCK = 128  # outputs whose weights of one column are 32 bytes
-WORDS = 8
+WORDS = 8  # of a block: word i has rows 32f + 4i + p
+WORD_ROWS = 16
 COLUMNS = 4  # of a lane and group
-GROUP = 16  # listed columns that a warp takes at once
 WARPS = 16
+THREADS = WARPS * cuda.WARP
+INDICES = 16  # that a thread asks for at once
 FIELDS = 4
 SHIFTS = (0, 2, 4, 0)  # of a field as it is multiplied: the last one's codes are no signed bytes
 MASK = 0x03030303
 ONES = 0x01010101
+
+KNOBS = {"words_a_block": (2, 4, 8)}
 
 
 def layout() -> str:
     return "columns_2bit"
 
 
-def listed(q, index, m, first: Expr, count: Expr) -> tuple[list[Expr], Expr]:
-    """Four listed columns from `first` on, and their activations in a word; zero past the list."""
-    columns, packed = [], T.uint32(0)
-    for j in range(COLUMNS):
-        is_listed = first + j < count
-        column = T.bind(T.if_then_else(is_listed, index[m, first + j], 0))
-        byte = T.if_then_else(is_listed, T.reinterpret("uint8", q[m, column]), T.uint8(0))
-        packed = packed | T.cast(byte, "uint32") << T.uint32(8 * j)
-        columns.append(column)
-    return columns, T.bind(packed)
+def write_list(listed, q, index, m, k: int, count: Expr, t: Expr) -> None:
+    """listed[i] = column << 8 | q of the i-th listed column; zero past the count."""
+    columns = cuda.local("int32", INDICES)
+    with T.serial(-(-k // (THREADS * INDICES))) as part:
+        first = T.bind(part * (THREADS * INDICES) + t)
+        for i in range(min(INDICES, -(-k // THREADS))):
+            cuda.store(columns, index[m, T.min(first + i * THREADS, k - 1)], i)
+        for i in range(min(INDICES, -(-k // THREADS))):
+            at = first + i * THREADS
+            with cuda.when(at < count):
+                byte = T.cast(T.reinterpret("uint8", q[m, columns[i]]), "int32")
+                cuda.store(listed, T.shift_left(columns[i], 8) | byte, at)
 
 
-def kernel(n: int, k: int, target: GpuTarget) -> PrimFunc:
+def kernel(n: int, k: int, target: GpuTarget, *, words_a_block: int = 2) -> PrimFunc:
     end = EPILOGUES["residual"]
-    blocks = -(-n // BLOCK)
+    blocks, words_of = -(-n // BLOCK), words_a_block
+    groups = cuda.WARP // words_of  # of columns that a warp takes at once
+    height = words_of * WORD_ROWS
     rows = Var("M", "int64")
 
-    def accumulate(acc, total, q, index, w, m, b, count, warp, lane):
-        """acc[4p + f] += the lane's columns for output 32f + 4 word + p; total += their q."""
-        with T.serial(T.ceildiv(count, GROUP * WARPS)) as step:
-            first = (step * WARPS + warp) * GROUP + lane // WORDS * COLUMNS
-            columns, x = listed(q, index, m, first, count)
-            words = [T.bind(w[column, b, lane % WORDS]) for column in columns]
-            cuda.store(total, cuda.dp4a(T.reinterpret("int32", x), T.int32(ONES), total[0]), 0)
-            for p, word in enumerate(cuda.transpose_bytes(words)):
+    def accumulate(acc, total, listed, w, word, count, warp, lane):
+        """acc[4p + f] += the lane's columns for row 32f + p of the word; total += their q."""
+        stride = WARPS * groups * COLUMNS
+        with T.serial(T.ceildiv(count, stride)) as step:
+            first = T.bind(step * stride + (warp * groups + lane // words_of) * COLUMNS)
+            entries = [
+                T.bind(T.if_then_else(first + j < count, listed[first + j], 0))
+                for j in range(COLUMNS)
+            ]
+            words = [T.bind(w[T.shift_right(e, 8), word // WORDS, word % WORDS]) for e in entries]
+            x = entries[0] & 255
+            for j in range(1, COLUMNS):
+                x = x | T.shift_left(entries[j] & 255, 8 * j)
+            x = T.bind(x)
+            cuda.store(total, cuda.dp4a(x, T.int32(ONES), total[0]), 0)
+            for p, transposed in enumerate(cuda.transpose_bytes(words)):
                 for f, shift in enumerate(SHIFTS):
-                    field = word >> T.uint32(2 * f - shift) & T.uint32(MASK << shift)
-                    a, b = (T.reinterpret("int32", v) for v in (x, field))
-                    cuda.store(acc, cuda.dp4a(a, b, acc[p * FIELDS + f]), p * FIELDS + f)
+                    field = transposed >> T.uint32(2 * f - shift) & T.uint32(MASK << shift)
+                    product = cuda.dp4a(x, T.reinterpret("int32", field), acc[p * FIELDS + f])
+                    cuda.store(acc, product, p * FIELDS + f)
 
     def share(acc, total, sums, warp, lane):
-        """sums[warp, :] = the warp's 128 sums of q w."""
-        for i in range(4 * FIELDS):
+        """sums[warp, word, :] = the warp's sums of q w."""
+        for i in range(WORD_ROWS):
             value = T.bind(T.shift_right(acc[i], SHIFTS[i % FIELDS]) - total[0])
-            for step in (WORDS, 2 * WORDS):
-                value = T.bind(value + cuda.shuffle_xor(value, step))
-            with cuda.when(lane < WORDS):
-                cuda.store(sums, value, warp, 32 * (i % FIELDS) + 4 * lane + i // FIELDS)
+            lanes = words_of
+            while lanes < cuda.WARP:
+                value = T.bind(value + cuda.shuffle_xor(value, lanes))
+                lanes *= 2
+            with cuda.when(lane < words_of):
+                cuda.store(sums, value, warp, lane * WORD_ROWS + i)
         cuda.sync()
 
     def block(q, scale, index, count, words, w_scale, extra, out, b, m, warp, lane):
-        acc, total = cuda.local("int32", 4 * FIELDS), cuda.local("int32", 1)
-        sums = cuda.shared("int32", WARPS, BLOCK)
-        for i in range(4 * FIELDS):
+        acc, total = cuda.local("int32", WORD_ROWS), cuda.local("int32", 1)
+        listed = T.alloc_buffer((k,), "int32", scope="shared.dyn")
+        sums = cuda.shared("int32", WARPS, height)
+        for i in range(WORD_ROWS):
             cuda.store(acc, T.int32(0), i)
         cuda.store(total, T.int32(0), 0)
-        accumulate(acc, total, q, index, words, m, b, T.bind(count[m]), warp, lane)
-        share(acc, total, sums, warp, lane)
         t = T.bind(warp * cuda.WARP + lane)
-        j = T.bind(b * BLOCK + t)
-        with cuda.when(t < BLOCK), cuda.when(j < n):
+        active = T.bind(count[m])
+        write_list(listed, q, index, m, k, active, t)
+        cuda.sync()
+        word = T.bind(T.min(b * words_of + lane % words_of, blocks * WORDS - 1))
+        accumulate(acc, total, listed, words, word, active, warp, lane)
+        share(acc, total, sums, warp, lane)
+        at = b * words_of + t // WORD_ROWS
+        i = t % WORD_ROWS  # p * FIELDS + f
+        j = T.bind(at // WORDS * BLOCK + i % FIELDS * 32 + at % WORDS * 4 + i // FIELDS)
+        with cuda.when(t < height), cuda.when(j < n):
             y = cuda.local("int32", 1)
             cuda.store(y, T.int32(0), 0)
-            with T.unroll(WARPS) as i:
-                cuda.store(y, y[0] + sums[i, t], 0)
+            for other in range(WARPS):
+                cuda.store(y, y[0] + sums[other, t], 0)
             value = end.value(T.cast(y[0], "float32"), scale[m] * w_scale[j], extra[m, j])
             cuda.store(out, value, m, j)
 
@@ -112,7 +139,7 @@ def kernel(n: int, k: int, target: GpuTarget) -> PrimFunc:
             words = T.decl_buffer((k, blocks, WORDS), "uint32", data=w.data)
             with cuda.some_rows(rows):
                 with cuda.blocks(rows) as m:
-                    with cuda.blocks(blocks, "y") as b:
+                    with cuda.blocks(blocks * WORDS // words_of, "y") as b:
                         with cuda.threads(WARPS, "y") as warp:
                             with cuda.threads(cuda.WARP) as lane:
                                 block(

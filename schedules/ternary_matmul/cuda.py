@@ -1,25 +1,30 @@
 """ternary_matmul on CUDA's tensor cores: weights are the 16-row operand, tokens the 8 columns.
 
-    for n0, m0 in N/(16 R), M/T:                     blockIdx.x, blockIdx.y
-        for warp in W:                               threadIdx.y: a run of K each
+    for n0, m0 in N/(16 R V), M/T:                   blockIdx.x, blockIdx.y
+        for warp in V W:                             threadIdx.y: W runs of K for each of V tiles
             for round in K/(128 D W):
                 w[D, R] = 16 bytes a lane            D R loads of 512 bytes in flight
                 x[T, 128 D] -> shared                cp.async, the warp's own
                 for chunk in D:                      128 columns
                     b = ldmatrix(x)                  8 registers for 8 tokens
                     acc[R, T/8] += (w << 6 - 2i & 0xC0) . b      mma m16n8k32, i in 4
-        out[T, 16 R] = epilogue(sum of acc over warps / 64)      shared memory
+        out[T, 16 R V] = epilogue(sum of acc over W warps / 64)  shared memory
 
-    form         | T  | R | M
-    one token    | 1  | 1 | 1
-    some tokens  | 8  | 2 | 2 to 8
-    many tokens  | 16 | 2 | more
+    form         | T  | R      | M
+    one token    | 1  | 1      | 1
+    some tokens  | 8  | 1 or 2 | 2 to 8
+    many tokens  | 16 | 1 or 2 | more
+
+    tile | value                            | bound by
+    D    | 2 to 5                           | 32 warps a multiprocessor, all loads in flight
+    V    | two blocks a multiprocessor      | what it costs to start a block
+    R    | 2 where that fills the chip      | x is read from L2 once for 16 R outputs
 
 A code in the top bits of a byte is 64 w, so a field costs a shift and a mask and the sum is 64
 times too large: |acc| < 2^13 K, int32 for K < 2^18.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -37,7 +42,12 @@ CHUNK_BYTES = 512
 FIELDS = 4
 MASK = 0xC0C0C0C0
 WEIGHT_BITS = 6  # a weight is multiplied as 2^6 w
-MAX_WARPS = 16
+MAX_WARPS = 16  # that share a tile's columns
+MAX_BLOCK_WARPS = 32
+BUSY_WARPS = 32  # of a multiprocessor
+
+# 0 is what `one_token` finds right for the shape
+KNOBS = {"chunks_a_warp": (0, 2, 3, 5, 8), "tiles_a_block": (0, 1, 2, 4)}
 
 
 def layout(act_bits: int) -> str:
@@ -65,6 +75,7 @@ class Form:
     shape: Shape
     tokens: int  # T
     tiles: int  # R
+    across: int  # V
     warps: int  # W
     depth: int  # D, chunks a round
 
@@ -72,6 +83,20 @@ class Form:
     def columns(self) -> int:
         """Groups of 8 tokens."""
         return -(-self.tokens // 8)
+
+    @property
+    def chains(self) -> int:
+        """Accumulators that take turns: a product waits for the last one on its own."""
+        return 2 if self.tokens == 1 else 1
+
+    @property
+    def height(self) -> int:
+        """Outputs of a block."""
+        return self.across * self.tiles * TILE
+
+    @property
+    def block_warps(self) -> int:
+        return self.across * self.warps
 
     @property
     def rounds(self) -> int:
@@ -93,22 +118,33 @@ class Form:
     @property
     def sums_bytes(self) -> int:
         """int32 of every warp, token and row."""
-        return 4 * self.warps * self.tokens * self.tiles * TILE
+        return 4 * self.warps * self.tokens * self.height
 
     @property
     def shared_bytes(self) -> int:
-        return max(self.warps * self.warp_bytes, self.sums_bytes)
+        return max(self.block_warps * self.warp_bytes, self.sums_bytes)
 
 
-def one_token(shape: Shape) -> Form:
-    warps = min(MAX_WARPS, -(-shape.chunks // 5))
+def one_token(shape: Shape, target: GpuTarget, chunks_a_warp: int, tiles_a_block: int) -> Form:
+    chip = target.num_multiprocessors
+    busy = round(shape.tiles * shape.chunks / (chip * BUSY_WARPS))
+    depth = chunks_a_warp or min(5, max(2, busy))
+    warps = min(MAX_WARPS, -(-shape.chunks // depth))
     depth = min(8, -(-shape.chunks // warps))
-    return Form(shape, 1, 1, warps, depth)
+    across = tiles_a_block or -(-shape.tiles // (2 * chip))
+    return Form(shape, 1, 1, max(1, min(across, MAX_BLOCK_WARPS // warps)), warps, depth)
 
 
-def some_tokens(shape: Shape, tokens: int) -> Form:
-    warps = min(8, shape.chunks)
-    return Form(shape, tokens, 2, warps, min(3, -(-shape.chunks // warps)))
+def some_tokens(shape: Shape, tokens: int, target: GpuTarget) -> Form:
+    chip = target.num_multiprocessors
+    tiles = 1 if shape.tiles <= 2 * chip else 2
+    warps = min(MAX_WARPS, -(-shape.chunks // 4))
+    depth = min(4, -(-shape.chunks // warps))
+    across = min(16 // warps, -(-shape.tiles // (2 * chip * tiles)))
+    form = Form(shape, tokens, tiles, max(1, across), warps, depth)
+    while form.shared_bytes > target.shared_bytes // 2:
+        form = replace(form, depth=form.depth - 1)
+    return form
 
 
 class Block:
@@ -116,20 +152,21 @@ class Block:
 
     def __init__(self, form: Form, q, w, rows, b, c, warp, lane):
         self.form, self.q, self.w, self.rows = form, q, w, rows
-        self.first_tile, self.m0 = T.bind(b * form.tiles), T.bind(c * form.tokens)
+        self.n0, self.m0 = T.bind(b * form.height), T.bind(c * form.tokens)
+        self.first_tile = T.bind((b * form.across + warp // form.warps) * form.tiles)
         self.warp, self.lane = warp, lane
         self.base = cuda.shared_bytes(form.shared_bytes)
         self.mine = T.bind(self.base + T.cast(warp * form.warp_bytes, "uint32"))
-        self.acc = cuda.local("uint32", 4 * form.tiles * form.columns)
+        self.acc = cuda.local("uint32", 4 * form.tiles * form.columns * form.chains)
         self.weights = cuda.local("uint32", 4 * form.depth * form.tiles)
         self.x = cuda.local("uint32", 8)
-        for i in range(4 * form.tiles * form.columns):
+        for i in range(4 * form.tiles * form.columns * form.chains):
             cuda.store(self.acc, T.uint32(0), i)
 
     def accumulate(self) -> None:
         form = self.form
         with T.serial(form.rounds) as r:
-            first = T.bind((self.warp * form.rounds + r) * form.depth)
+            first = T.bind((self.warp % form.warps * form.rounds + r) * form.depth)
             self._load_weights(first)
             self._copy_tokens(first)
             for d in range(form.depth):
@@ -145,7 +182,7 @@ class Block:
                 inside = []
                 if not form.is_even:
                     inside.append(chunk < form.shape.chunks)
-                if form.shape.tiles % form.tiles:
+                if form.shape.tiles % (form.across * form.tiles):
                     inside.append(tile < form.shape.tiles)
                 options = {"pred": tirx.all(*inside)} if inside else {}
                 at = T.address_of(self.w[tile, chunk, self.lane * 16])
@@ -181,7 +218,10 @@ class Block:
             for r in range(form.tiles):
                 first = 4 * (d * form.tiles + r)
                 a = [field(self.weights[first + j], i) for j in range(4)]
-                cuda.multiply(self.acc, 4 * (r * form.columns + group), a, b)
+                cuda.multiply(self.acc, self._register(r, group, i % form.chains), a, b)
+
+    def _register(self, r: int, group: int, chain: int) -> int:
+        return 4 * ((chain * self.form.tiles + r) * self.form.columns + group)
 
     def _sum_address(self, warp, token, row) -> Expr:
         rows = self.form.tiles * TILE
@@ -196,7 +236,9 @@ class Block:
                 for i in range(4):
                     row = r * TILE + self.lane // 4 + i // 2 * 8
                     token = 8 * group + self.lane % 4 * 2 + i % 2
-                    value = self.acc[4 * (r * form.columns + group) + i]
+                    value = self.acc[self._register(r, group, 0) + i]
+                    for chain in range(1, form.chains):
+                        value = value + self.acc[self._register(r, group, chain) + i]
                     if form.tokens > 1:
                         cuda.ptx("st.shared.b32", self._sum_address(self.warp, token, row), value)
                     elif i % 2 == 0:
@@ -207,16 +249,17 @@ class Block:
 
     def finish(self, end: Epilogue, scale, w_scale, extra, out) -> None:
         form, word = self.form, cuda.local("uint32", 1)
-        height = form.tiles * TILE
-        t, count = self.warp * cuda.WARP + self.lane, form.tokens * height
-        with cuda.strided(count, t, form.warps * cuda.WARP) as i:
-            token, row = i // height, i % height
-            m, n = T.bind(self.m0 + token), T.bind(self.first_tile * TILE + row)
-            with cuda.when(tirx.all(m < self.rows, n < form.shape.n)):
+        rows = form.tiles * TILE
+        t, count = self.warp * cuda.WARP + self.lane, form.tokens * form.height
+        with cuda.strided(count, t, form.block_warps * cuda.WARP) as i:
+            token, row = i // form.height, i % form.height
+            m, n = T.bind(self.m0 + token), T.bind(self.n0 + row)
+            with cuda.when(cuda.both(m < self.rows, n < form.shape.n)):
                 total = cuda.local("int32", 1)
                 cuda.store(total, T.int32(0), 0)
-                with T.unroll(form.warps) as warp:
-                    cuda.ptx("ld.shared.b32", word[0], self._sum_address(warp, token, row))
+                for warp in range(form.warps):
+                    at = self._sum_address(row // rows * form.warps + warp, token, row % rows)
+                    cuda.ptx("ld.shared.b32", word[0], at)
                     cuda.store(total, total[0] + T.reinterpret("int32", word[0]), 0)
                 other = extra[m, n] if end.extra else None
                 acc = T.shift_right(total[0], WEIGHT_BITS)
@@ -243,9 +286,9 @@ def copy_odd_bytes(q, rows, k: int, row, column, to) -> None:
 
 
 def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) -> None:
-    with cuda.blocks(-(-form.shape.tiles // form.tiles)) as b:
+    with cuda.blocks(-(-form.shape.tiles // (form.across * form.tiles))) as b:
         with cuda.blocks(T.ceildiv(rows, form.tokens), "y") as c:
-            with cuda.threads(form.warps, "y") as warp:
+            with cuda.threads(form.block_warps, "y") as warp:
                 with cuda.threads(cuda.WARP) as lane:
                     block = Block(form, q, w, rows, b, c, warp, lane)
                     block.accumulate()
@@ -253,23 +296,33 @@ def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) ->
                     block.finish(end, scale, w_scale, extra, out)
 
 
-def launch_small_batch(shape: Shape, rows, end: Epilogue, *tensors) -> None:
+def launch_small_batch(one: Form, target: GpuTarget, rows, end: Epilogue, *tensors) -> None:
     """The form for this many tokens, chosen when the kernel is launched."""
     with T.If(rows == 1):
         with T.Then():
-            launch(one_token(shape), rows, end, *tensors)
+            launch(one, rows, end, *tensors)
         with T.Else():
             with T.If(rows <= 8):
                 with T.Then():
                     with cuda.some_rows(rows):
-                        launch(some_tokens(shape, 8), rows, end, *tensors)
+                        launch(some_tokens(one.shape, 8, target), rows, end, *tensors)
                 with T.Else():
-                    launch(some_tokens(shape, 16), rows, end, *tensors)
+                    launch(some_tokens(one.shape, 16, target), rows, end, *tensors)
 
 
-def kernel(n: int, k: int, act_bits: int, target: GpuTarget, epilogue: str) -> PrimFunc:
+def kernel(
+    n: int,
+    k: int,
+    act_bits: int,
+    target: GpuTarget,
+    epilogue: str,
+    *,
+    chunks_a_warp: int = 0,
+    tiles_a_block: int = 0,
+) -> PrimFunc:
     end = EPILOGUES[epilogue]
     shape, rows = Shape(n, k), Var("M", "int64")
+    one = one_token(shape, target, chunks_a_warp, tiles_a_block)
 
     @T.prim_func(s_tir=True)
     def ternary_matmul(
@@ -284,6 +337,6 @@ def kernel(n: int, k: int, act_bits: int, target: GpuTarget, epilogue: str) -> P
         with T.sblock("root"):
             T.reads()
             T.writes()
-            launch_small_batch(shape, rows, end, q, scale, w, w_scale, extra, out)
+            launch_small_batch(one, target, rows, end, q, scale, w, w_scale, extra, out)
 
     return end.finish(ternary_matmul)

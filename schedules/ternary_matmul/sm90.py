@@ -1,21 +1,19 @@
 """ternary_matmul on Hopper: a prompt's GEMM by wgmma; up to 16 tokens are cuda.py's forms.
 
     for n0, m0 in N/(64 G), M/T:                     blockIdx.y, blockIdx.x
-        for chunk in K/128:                          S stages of x in flight
-            x[T, 128] -> shared                      cp.async, 128-byte swizzle
-            w = 16 bytes a lane                      16 rows of a warp; from L2, a chunk ahead
+        for chunk in K/128:                          S stages in flight
+            x[T, 128], w[64 G, 128] -> shared        cp.async; x under the 128-byte swizzle
             a[16] = w << 6 - 2i & 0xC0               registers, while the last chunk multiplies
-            acc[64, T] += a . x                      4 T/P wgmma m64nPk32 of each warpgroup G
+            acc[64, T] += a . x                      4 wgmma m64nTk32 of each warpgroup G
         out[T, 64 G] = epilogue(acc / 64)
 
     form  | G | T   | S | M
-    wide  | 2 | 256 | 4 | more than 128
-    small | 1 | 64  | 6 | 17 to 128: blocks enough for the multiprocessors at N = 2560
+    wide  | 2 | 128 | 5 | more than 128
+    small | 1 | 64  | 8 | 17 to 128: blocks enough for the multiprocessors at N = 2560
 
     tile  | bound by
-    G T   | 128 accumulators a thread; x is read by G warpgroups, w unpacked once for T tokens
-    S     | shared memory: 32 KB a stage of 256 tokens
-    P     | 128: a thread's 64 registers of one wgmma
+    G T   | two blocks a multiprocessor, one stores while the other multiplies: 128 registers
+    S     | shared memory: 20 KB a stage of the wide form; loads in flight: 10 KB a stage
 
 A code in the top bits of a byte is 64 w: |acc| < 2^13 K, int32 for K < 2^18.
 """
@@ -40,6 +38,7 @@ from schedules.ternary_matmul.cuda import (
     field,
 )
 
+KNOBS = small_batch.KNOBS  # of the form for one token
 layout = small_batch.layout
 GROUP_ROWS = 64  # of weights, of a warpgroup
 GROUP_THREADS = 128
@@ -58,13 +57,13 @@ class Form:
         return self.groups * GROUP_THREADS
 
     @property
-    def columns(self) -> int:
-        """Tokens of one instruction, P."""
-        return min(128, self.tokens)
+    def token_bytes(self) -> int:
+        """Of a stage, before its weights."""
+        return self.tokens * CHUNK
 
     @property
     def stage_bytes(self) -> int:
-        return self.tokens * CHUNK
+        return self.token_bytes + 16 * self.threads
 
     @property
     def pairs(self) -> int:
@@ -94,11 +93,10 @@ class Block:
         form = self.form
         for i in range(form.tokens // 2):
             cuda.store(self.acc, T.uint32(0), i)
-        self._load_words(0)
-        for stage in range(form.stages - 2):
-            self._copy_tokens(stage)
-        self._unpack(0)
-        self._load_words(1)
+        for chunk in range(form.stages - 2):
+            self._copy(chunk)
+        cuda.wait_for_copies(form.stages - 3)
+        self._unpack(0, 0)
         with T.serial(form.pairs) as pair:
             for parity in range(2):
                 self._step(2 * pair + parity, parity)
@@ -107,55 +105,61 @@ class Block:
     def _step(self, chunk: Expr, parity: int) -> None:
         """Multiplies a chunk; meanwhile the next one is unpacked, and a later one on its way."""
         form = self.form
-        cuda.wait_for_copies(form.stages - 3)
+        cuda.wait_for_copies(form.stages - 4)  # the chunk and, for `_unpack`, the next one
         cuda.ptx("fence.proxy.async")  # cp.async wrote what the tensor cores read
         cuda.sync()
         cuda.ptx("wgmma.fence.sync.aligned")
-        stage = T.bind(self.base + T.cast(chunk % form.stages * form.stage_bytes, "uint32"))
+        stage = self._stage(chunk)
         for step in range(4):
-            for part in range(form.tokens // form.columns):
-                self._wgmma(stage, parity, step, part)
+            self._wgmma(stage, parity, step)
         cuda.ptx("wgmma.commit_group.sync.aligned")
         cuda.ptx("wgmma.wait_group.sync.aligned", 1)
-        self._copy_tokens(chunk + form.stages - 2)  # where the chunk before the last one was
-        self._unpack(1 - parity)
-        self._load_words(chunk + 2)
+        self._copy(chunk + form.stages - 2)  # where the chunk before the last one was
+        self._unpack(chunk + 1, 1 - parity)
 
-    def _wgmma(self, stage: Expr, parity: int, step: int, part: int) -> None:
-        """acc[64, P] += a[64, 32] . x[P, 32]: columns 32 step on of the chunk."""
+    def _stage(self, chunk: Expr | int) -> Expr:
         form = self.form
-        count = form.columns // 2
-        acc = [self.acc[part * count + i] for i in range(count)]
+        return T.bind(self.base + T.cast(chunk % form.stages * form.stage_bytes, "uint32"))
+
+    def _wgmma(self, stage: Expr, parity: int, step: int) -> None:
+        """acc[64, T] += a[64, 32] . x[T, 32]: columns 32 step on of the chunk."""
+        tokens = self.form.tokens
+        acc = [self.acc[i] for i in range(tokens // 2)]
         first = parity * 4 * FIELDS + 4 * step
         a = [self.a[first + i] for i in range(4)]
-        at = stage + T.uint32(part * form.columns * CHUNK + 32 * step)
-        shape = f"m64n{form.columns}k32"
-        instruction = f"wgmma.mma_async.sync.aligned.{shape}.s32.s8.s8"
-        cuda.ptx(instruction, *acc, *a, cuda.swizzled_matrix(at), T.ptx.pred(True))
+        x = cuda.swizzled_matrix(stage + T.uint32(32 * step))
+        instruction = f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8"
+        cuda.ptx(instruction, *acc, *a, x, T.ptx.pred(True))
 
-    def _load_words(self, chunk: Expr | int) -> None:
-        at = T.min(chunk, self.form.shape.chunks - 1)
-        source = T.address_of(self.w[self.tile, at, self.lane * 16])
+    def _own_words(self, stage: Expr) -> Expr:
+        """Where a thread's 16 bytes of weights are: it copies and reads them itself."""
+        return stage + T.uint32(self.form.token_bytes) + T.cast(self.t * 16, "uint32")
+
+    def _unpack(self, chunk: Expr | int, parity: int) -> None:
+        """a[parity, step, 4] of the chunk: a step is two fields of a 64-column run."""
         four = [self.words[i] for i in range(4)]
-        cuda.ptx("ld.global.nc.v4.b32", *four, source)
-
-    def _unpack(self, parity: int) -> None:
-        """a[parity, step, 4] from words: a step is two fields of a 64-column run."""
+        cuda.ptx("ld.shared.v4.b32", *four, self._own_words(self._stage(chunk)))
         for step in range(4):
             for i in range(4):  # rows g, g + 8 of the first 16 columns, then of the others
                 word = self.words[step // 2 * 2 + i % 2]
                 value = field(word, step % 2 * 2 + i // 2)
                 cuda.store(self.a, value, (parity * 4 + step) * FIELDS + i)
 
-    def _copy_tokens(self, chunk: Expr | int) -> None:
-        """x[T, 128] to the chunk's stage, row r's 16 bytes p at p ^ r % 8; zeros past M and K."""
+    def _copy(self, chunk: Expr | int) -> None:
+        """Tokens and weights of a chunk to its stage; zeros past M and K.
+
+        The 16 bytes p of a token r lie at p ^ r % 8.
+        """
         form, k = self.form, self.form.shape.k
-        stage = self.base + T.cast(chunk % form.stages * form.stage_bytes, "uint32")
+        stage = self._stage(chunk)
+        at = T.min(chunk, form.shape.chunks - 1)
+        weights = T.address_of(self.w[self.tile, at, self.lane * 16])
+        cuda.copy_16_bytes(self._own_words(stage), weights)
         pieces = CHUNK // 16
+        piece = self.t % pieces  # of every row that the thread copies
+        column = T.bind(chunk * CHUNK + piece * 16)
         for i in range(form.tokens * pieces // form.threads):
-            index = i * form.threads + self.t
-            row, piece = index // pieces, index % pieces
-            column = chunk * CHUNK + piece * 16
+            row = i * (form.threads // pieces) + self.t // pieces
             m = self.m0 + row
             to = stage + T.cast(row * CHUNK + T.bitwise_xor(piece, row % 8) * 16, "uint32")
             source = self.q[T.min(m, self.rows - 1), T.min(column, k - 16)]
@@ -181,15 +185,26 @@ class Block:
                             cuda.store(out, end.value(acc, scale[m] * weight_scale, other), m, n)
 
 
-def kernel(n: int, k: int, act_bits: int, target: GpuTarget, epilogue: str) -> PrimFunc:
+def kernel(
+    n: int,
+    k: int,
+    act_bits: int,
+    target: GpuTarget,
+    epilogue: str,
+    *,
+    chunks_a_warp: int = 0,
+    tiles_a_block: int = 0,
+) -> PrimFunc:
     if k % 16:  # rows that cp.async cannot copy
-        return small_batch.kernel(n, k, act_bits, target, epilogue)
+        knobs = {"chunks_a_warp": chunks_a_warp, "tiles_a_block": tiles_a_block}
+        return small_batch.kernel(n, k, act_bits, target, epilogue, **knobs)
     end, shape, rows = EPILOGUES[epilogue], Shape(n, k), Var("M", "int64")
+    one = small_batch.one_token(shape, target, chunks_a_warp, tiles_a_block)
 
     def launch(form: Form, q, scale, w, w_scale, extra, out):
         with cuda.blocks(T.ceildiv(rows, form.tokens)) as c:
             with cuda.blocks(-(-n // (form.groups * GROUP_ROWS)), "y") as b:
-                with cuda.threads(form.threads) as t:
+                with cuda.threads(form.threads) as t, cuda.min_blocks(2):
                     block = Block(form, q, w, rows, b, c, t)
                     block.multiply()
                     block.finish(end, scale, w_scale, extra, out)
@@ -197,13 +212,13 @@ def kernel(n: int, k: int, act_bits: int, target: GpuTarget, epilogue: str) -> P
     def by_rows(*tensors):
         with T.If(rows <= 16):
             with T.Then():
-                small_batch.launch_small_batch(shape, rows, end, *tensors)
+                small_batch.launch_small_batch(one, target, rows, end, *tensors)
             with T.Else():
                 with T.If(rows <= 128):
                     with T.Then():
-                        launch(Form(shape, 1, 64, 6), *tensors)
+                        launch(Form(shape, 1, 64, 8), *tensors)
                     with T.Else():
-                        launch(Form(shape, 2, 256, 4), *tensors)
+                        launch(Form(shape, 2, 128, 5), *tensors)
 
     @T.prim_func(s_tir=True)
     def ternary_matmul(

@@ -1,0 +1,105 @@
+"""CUDA kernels on a machine without a GPU: they compile for every row, and change only knowingly.
+
+    python -m tests.schedules.test_cuda       writes golden/cuda.txt anew
+
+The golden file has a line for each launch: threads, the PTX it asks for by name and how often, and
+a hash of its CUDA source. A GPU runs the kernels by the ops' own tests.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tvm
+
+from compiler import nvcc
+from compiler.kernels import Schedule, default_choice, families_of
+from schedules.targets import TARGETS, GpuTarget
+
+GOLDEN = Path(__file__).parent / "golden" / "cuda.txt"
+HEADS = (4, 2, 64)
+# folder, arguments before the target, those after it: every form of every op, small
+KERNELS = (
+    ("embedding", (300, 128), ()),
+    ("rms_norm", (None, 160, 1e-5), ()),
+    ("rms_norm", ("int4", 160, 1e-5), ()),
+    ("rms_norm", ("int8", 2560, 1e-5), ()),
+    ("rms_norm", ("fp4", 17, 1e-5), ()),
+    ("rms_norm_topk", (2560, 1280, 1e-5), ()),
+    ("ternary_matmul", (640, 512, 4), ("scale",)),
+    ("ternary_matmul", (130, 257, 8), ("glu",)),
+    ("sparse_ternary_matmul", (130, 257), ()),
+    ("int8_matmul", (65, 64), ()),
+    ("int8_matmul", (65, 33), ()),
+    ("float_matmul", (65, 33), ()),
+    ("rope", (*HEADS, 64), ()),
+    *(("kv_append", (*HEADS, bits), ()) for bits in (16, 4, 3)),
+    *(("attention", (*HEADS, bits), ()) for bits in (16, 4, 3)),
+    ("attention", (4, 2, 40, 3), ()),
+)
+GPU_ROWS = [row for row in TARGETS.values() if isinstance(row, GpuTarget) and len(row.archs) == 1]
+RUN = ("cuda-sm80", "cuda-sm90")  # down to machine code; the others to PTX
+
+
+def label(folder: str, args: tuple, end: tuple) -> str:
+    return f"{folder}({', '.join(map(str, (*args, *end)))})"
+
+
+def source(target: GpuTarget) -> str:
+    """CUDA source of all kernels; function i is that of KERNELS[i]."""
+    funcs = {}
+    for i, (folder, args, end) in enumerate(KERNELS):
+        schedule = Schedule(folder, default_choice(folder, target.families))
+        func = schedule.kernel(*args, target, *end)
+        funcs[f"op{i}"] = func.with_attr("global_symbol", f"op{i}")
+    built = tvm.compile(tvm.IRModule(funcs), target=target.to_tvm())
+    return built.mod.imports[0].inspect_source()
+
+
+def launches(text: str) -> dict[int, list[str]]:
+    """By kernel, a line for each of its __global__ functions: threads, hash, PTX by count."""
+    found: dict[int, list[str]] = {}
+    pattern = (
+        r'^extern "C" __global__ void __launch_bounds__\((\d+)\) op(\d+)_\w+\([^;{]*\) \{\n(.*?)^\}'
+    )
+    for threads, kernel, body in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
+        counts = Counter(re.findall(r"tvm_builtin_ptx_(\w+)\(", body))
+        asked = " ".join(f"{name}*{count}" for name, count in sorted(counts.items()))
+        digest = hashlib.sha256(body.encode()).hexdigest()[:12]
+        line = f"  {threads:>4} threads  {digest}  {asked}".rstrip()
+        found.setdefault(int(kernel), []).append(line)
+    return found
+
+
+def described() -> str:
+    lines = []
+    for name, target in family_rows().items():
+        found = launches(source(target))
+        for i, (folder, args, end) in enumerate(KERNELS):
+            if families_of(folder, target.families)[0] == name:
+                lines += [f"{name} {label(folder, args, end)}", *sorted(found[i])]
+    return "\n".join(lines) + "\n"
+
+
+def family_rows() -> dict[str, GpuTarget]:
+    """The first row of each family."""
+    return {family: row for row in reversed(GPU_ROWS) for family in row.families}
+
+
+def test_kernels_are_those_of_the_golden_file():
+    assert described() == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize("target", GPU_ROWS, ids=lambda row: row.name)
+def test_compiles(target):
+    archs = target.archs
+    if target.name not in RUN:
+        archs = (archs[0].replace("sm_", "compute_"),)
+    assert nvcc.compile_fat(source(target), archs, nvcc.find_nvcc(target))
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(described())
