@@ -42,8 +42,12 @@ class Builder:
         return self._module
 
     def version_of(self, choice: Choice) -> str:
+        """Of a choice whose kernel cannot be made, the default's alone."""
         if choice not in self._versions:
-            kernel = self._task.make(self._task.schedule(choice))
+            try:
+                kernel = self._task.make(self._task.schedule(choice))
+            except RuntimeError:
+                return version(self._default, self._default)
             self._versions[choice] = version(self._default, kernel)
         return self._versions[choice]
 

@@ -5,6 +5,7 @@ A process that crashes or hangs is ended and replaced before the next request.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -146,6 +147,8 @@ def count_servers(rpc: Rpc | None) -> int:
     from tvm import rpc as tvm_rpc
 
     try:
+        # TVM tries for a minute; a tracker that is there answers at once.
+        socket.create_connection((rpc.host, rpc.port), timeout=5).close()
         tracker = tvm_rpc.connect_tracker(rpc.host, rpc.port)
         servers = tracker.summary()["server_info"]
     except (OSError, RuntimeError) as error:

@@ -140,7 +140,12 @@ class Session:
                 f"tune: {task.op.name} {task.shape}: the default kernel itself fails ({result}); "
                 "nothing can be tuned against it"
             )
-        (progress.default,) = self._race(self._workers[0], tuned, [default], settings.rounds)
+        try:
+            (progress.default,) = self._race(self._workers[0], tuned, [default], settings.rounds)
+        except RunError as error:
+            raise BuildError(
+                f"tune: {task.op.name} {task.shape}: timing failed: {error}"
+            ) from error
         self._show(progress, "waiting")
         return tuned
 
@@ -163,17 +168,18 @@ class Session:
     def _tune(self, tuned: Tuned) -> None:
         progress = tuned.progress
         self._set_task(tuned)
-        if self._resume(tuned):
-            self._show(progress, "done")
-            return
+        if self._settings.resume:
+            self._resume(tuned)
+        before = progress.trials
         while progress.trials < progress.allotted:
             self._show(progress, "searching")
             batch = tuned.search.propose(min(BATCH, progress.allotted - progress.trials))
             if not batch:
                 break
             self._measure(tuned, batch)
-        self._show(progress, "final")
-        self._final(tuned)
+        if progress.chosen is None or progress.trials > before:
+            self._show(progress, "final")
+            self._final(tuned)
         self._show(progress, "done")
 
     def _measure(self, tuned: Tuned, batch: Sequence[Choice]) -> None:
@@ -277,8 +283,8 @@ class Session:
         progress.chosen, progress.result = finalists[winner].choice, gains[winner]
         progress.default = times[0]
 
-    def _resume(self, tuned: Tuned) -> bool:
-        """Take up what the records hold; whether the task was finished, with as many trials."""
+    def _resume(self, tuned: Tuned) -> None:
+        """Take up what the records hold: what was measured, and what the last race chose."""
         progress, task = tuned.progress, tuned.progress.task
         default = tuned.default.version.split("-")[0]
         known = [r for r in self._known if r.key == task.key and r.version.startswith(default)]
@@ -298,21 +304,18 @@ class Session:
         tuned.search.learn([*tuned.cost.items(), *((choice, None) for choice in failed)])
         progress.trials, progress.failed = len(tuned.cost | dict.fromkeys(failed)), len(failed)
         progress.best = min([1.0, *tuned.cost.values()])
-        chosen = [r for r in known if r.chosen]
-        if not chosen or (progress.trials < progress.allotted and tuned.search.left):
-            return False
-        last = max(r.race for r in chosen)
-        race = [r for r in known if r.race == last]
-        progress.chosen = next(r.choice for r in race if r.chosen)
-        progress.result = gain(
-            *(
-                costs(
-                    task, {r.rows: r.seconds for r in race if r.choice == c}, self._settings.weigh
-                )
-                for c in (task.default, progress.chosen)
+        last = max((r.race for r in known if r.chosen), default=0)
+        race: dict[Choice, dict[int, Sequence[float]]] = {}
+        for record in known:
+            if last and record.race == last:
+                race.setdefault(record.choice, {})[record.rows] = record.seconds
+                if record.chosen:
+                    winner = record.choice
+        if race and all(rows <= times.keys() for times in race.values()):
+            weigh, progress.chosen = self._settings.weigh, winner
+            progress.result = gain(
+                costs(task, race[task.default], weigh), costs(task, race[winner], weigh)
             )
-        )
-        return True
 
     def _records(self, tuned: Tuned, choice: Choice, times: Times | None, facts: dict) -> list:
         """MetaSchedule's records of one candidate, one a number of rows."""
@@ -349,8 +352,13 @@ class Session:
             tuned.built.pop(choice).library.unlink()
 
     def _set_task(self, tuned: Tuned) -> None:
-        for worker in self._workers:
-            worker.set_task(tuned.files)
+        try:
+            for worker in self._workers:
+                worker.set_task(tuned.files)
+        except RunError as error:
+            raise BuildError(
+                f"runner: cannot take up {tuned.progress.task.shape}: {error}"
+            ) from error
 
     def _check(self, worker: Worker, candidate: Candidate) -> str:
         try:

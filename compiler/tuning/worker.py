@@ -34,6 +34,7 @@ class Device:
 
         self._tvm = tvm
         self._remote = None
+        self._modules: dict[Path, Any] = {}
         if rpc:
             from tvm import rpc as tvm_rpc
 
@@ -46,10 +47,16 @@ class Device:
         self._clock_is_there = kind != "cpu" or rpc is not None
 
     def load(self, path: Path) -> Any:
-        if self._remote is None:
-            return self._tvm.runtime.load_module(str(path))
-        self._remote.upload(str(path))
-        return self._remote.load_module(path.name)
+        """Loaded once and kept: a function there does not keep its module, nor may a file that is
+        mapped there be written again."""
+        if path not in self._modules:
+            if self._remote is None:
+                self._modules[path] = self._tvm.runtime.load_module(str(path))
+            else:
+                name = f"{len(self._modules)}-{path.name}"
+                self._remote.upload(str(path), name)
+                self._modules[path] = self._remote.load_module(name)
+        return self._modules[path]
 
     def tensor(self, array: np.ndarray) -> Any:
         return self._tvm.runtime.tensor(array, self.device)

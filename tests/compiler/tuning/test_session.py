@@ -1,0 +1,338 @@
+"""Tuning for real, of a small kernel with planted faults: what is recorded, chosen, resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import tvm
+from tvm.s_tir import meta_schedule as ms
+from tvm.script import tirx as T
+
+from compiler import tune
+from compiler.config import BuildError
+from compiler.kernels import Choice, KernelTable, knobs_of
+from compiler.ops import OPS
+from compiler.signature import Match
+from compiler.toolchain import find_linker
+from compiler.tuning import report, session, space, store
+from compiler.tuning.lookup import Lookup
+from compiler.tuning.machine import Machine
+from compiler.tuning.pool import Rpc, Worker, count_servers
+from compiler.tuning.tasks import Task
+from schedules.int8_matmul import generic
+from schedules.targets import TARGETS
+
+TARGET = TARGETS["generic"]
+HERE = Machine("CPU", (), 2, "0.27")
+N, K = 32, 24
+NONE, CRASH, HANG, WRONG, NO_BUILD = range(5)
+
+
+def planted(n, k, target, *, fault=NONE, lanes=1):
+    """int8_matmul, `lanes` times as much work; a fault where it is asked for."""
+    if lanes == 3:
+        raise ValueError("int8_matmul: lanes is 3")
+    if fault == NO_BUILD:
+        raise RuntimeError("cannot select an instruction")
+    stop = {CRASH: "abort", HANG: "pause"}.get(fault)
+    stops, extra = int(stop is not None), int(fault == WRONG)
+    name = stop or "pause"
+    rows = tvm.tirx.Var("M", "int64")
+
+    @T.prim_func(s_tir=True)
+    def int8_matmul(
+        q: T.Buffer((rows, k), "int8"),
+        scale: T.Buffer((rows,), "float32"),
+        w: T.Buffer((n, k), "int8"),
+        w_scale: T.Buffer((n,), "float32"),
+        out: T.Buffer((rows, n), "float32"),
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        with T.sblock("root"):
+            for _ in T.serial(stops):
+                T.evaluate(T.call_extern("int32", name))
+            for _, m, j in T.grid(lanes, rows, n):
+                acc = T.int32(0)
+                for i in T.serial(k):
+                    acc += T.cast(q[m, i], "int32") * T.cast(w[j, i], "int32")
+                out[m, j] = T.cast(acc + extra, "float32") * (scale[m] * w_scale[j])
+
+    return int8_matmul
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The planted kernel in the place of generic's; its default is the slowest."""
+    monkeypatch.setattr(generic, "kernel", planted)
+    monkeypatch.setattr(
+        generic,
+        "KNOBS",
+        {"fault": (NONE, CRASH, HANG, WRONG, NO_BUILD), "lanes": (400, 3, 1)},
+        raising=False,
+    )
+
+
+def make_task() -> Task:
+    op, match = OPS["int8_matmul"], Match("int8_matmul")
+    for letter, size in {"N": N, "K": K}.items():
+        match.bind(letter, size, "w")
+    make = op.maker(match, {}, TARGET)
+    return Task(op, op.sizes(match, {}), {}, make, TARGET, calls={1: [1, 0], 128: [0, 1]})
+
+
+def settings(**changes) -> session.Settings:
+    values = {"trials": 15, "weigh": "both", "cold_bytes": 2**16, "linker": find_linker(TARGET)}
+    limits = {"check_limit": 3.0, "rounds": 5, "final_rounds": 15}
+    return session.Settings(**values | limits | changes)
+
+
+@contextmanager
+def one_worker():
+    worker = Worker(TARGET, 2)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+def tuned(root: Path, say=None, workers=None, **changes) -> session.Session:
+    """A session, run to its end; `say` sees it at every step."""
+    with ExitStack() as stack:
+        workers = workers or [stack.enter_context(one_worker())]
+        writer = store.Writer(root, TARGET.name, HERE)
+        running = session.Session([make_task()], workers, writer, settings(**changes))
+        if say:
+            running.say = lambda: say(running)
+        running.run()
+    return running
+
+
+def results(records) -> dict[tuple[int, int], set[str]]:
+    found: dict[tuple[int, int], set[str]] = {}
+    for record in records:
+        knobs = dict(record.choice.knobs)
+        key = knobs["fault"], knobs["lanes"]
+        found.setdefault(key, set()).add(record.result)
+    return found
+
+
+def test_faults_are_recorded_as_such_and_the_fastest_is_chosen(kernel, tmp_path):
+    running = tuned(tmp_path)
+    directory = store.read(running.records)
+    found = results(directory.records)
+    for lanes in (400, 1):
+        (wrong,), (crash,), (hang,) = (found[f, lanes] for f in (WRONG, CRASH, HANG))
+        assert wrong.startswith("wrong: M=1: ") and crash == "crash: SIGABRT"
+        assert hang == "hang: no answer in 3 s"
+        assert found[NO_BUILD, lanes] == {"build: cannot select an instruction"}
+    assert (NONE, 3) not in found, "a choice that the factory refuses is no candidate"
+    best = Choice("generic", (("fault", NONE), ("lanes", 1)))
+    assert [r.choice for r in directory.records if r.chosen] == [best, best]
+    assert running.progress[0].result.is_real and running.progress[0].failed == 8
+    check_build_takes_it(tmp_path, best)
+    check_metaschedule_reads_it(running.records, best)
+    check_resuming_measures_nothing(tmp_path, directory)
+
+
+def check_build_takes_it(root: Path, best: Choice) -> None:
+    task = make_task()
+    table = KernelTable(TARGET, Lookup(TARGET, [root], HERE))
+    assert table.choose("int8_matmul", "int8_matmul", task.sizes, task.make).choice == best
+    assert table.origin("int8_matmul", task.sizes) == "record"
+
+
+def check_metaschedule_reads_it(path: Path, best: Choice) -> None:
+    """Its own database opens both files, ranks what ran first, and its traces replay."""
+    database = ms.database.JSONDatabase(str(path / store.WORKLOADS), str(path / store.RECORDS))
+    workload = space.workload("int8_matmul", make_task().sizes, TARGET)
+    assert database.has_workload(workload)
+    (top,) = database.get_top_k(database.commit_workload(workload), 1)
+    replayed = top.as_measure_candidate().sch.mod
+    assert space.choice_in(replayed) == best
+
+
+def check_resuming_measures_nothing(root: Path, before: store.Directory) -> None:
+    running = tuned(root, resume=True)
+    assert store.read(running.records).records == before.records
+    assert running.progress[0].state == "done" and running.progress[0].result.is_real
+
+
+def test_interrupted_and_resumed(kernel, tmp_path, monkeypatch):
+    """Ctrl-C after the first batch: its records stay, and are not measured again."""
+    monkeypatch.setattr(session, "BATCH", 2)
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (100, 60, 30, 10, 1)})
+
+    def interrupt(running):
+        if running.progress[0].trials:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path, interrupt)
+    (path,) = store.find_directories(tmp_path)
+    first = store.read(path).records
+    assert len({record.choice for record in first}) == 2 and not any(r.race for r in first)
+    assert not list(Lookup(TARGET, [tmp_path], HERE)("int8_matmul", make_task().sizes))
+    running = tuned(tmp_path, resume=True)
+    searched = [r for r in store.read(path).records if not r.race and r.rows == 1]
+    assert len(searched) == len({record.choice for record in searched}) == 4
+    assert running.progress[0].trials == 4
+    assert dict(running.progress[0].chosen.knobs) == {"lanes": 1}
+
+
+def test_default_that_is_the_best_stays(kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (1, 400)})
+    running = tuned(tmp_path)
+    assert dict(running.progress[0].chosen.knobs) == {"lanes": 1}
+    assert not running.progress[0].result.is_real
+    (recorded,) = Lookup(TARGET, [tmp_path], HERE)("int8_matmul", make_task().sizes)
+    assert dict(recorded.choice.knobs) == {"lanes": 1}
+
+
+def test_default_that_fails_is_refused(kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(generic, "KNOBS", {"fault": (WRONG, NONE)})
+    with pytest.raises(BuildError, match=r"the default kernel itself fails \(wrong: M=1"):
+        tuned(tmp_path)
+
+
+def test_report(kernel, tmp_path, monkeypatch):
+    """Default against tuned in one table, with TVM's own; a plot; a gain that is there."""
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (400, 1)})
+    tuned(tmp_path / "records", trials=2)
+    with one_worker() as worker:
+        lookup = Lookup(TARGET, [tmp_path / "records"], HERE)
+        at = report.Measuring(worker, find_linker(TARGET), 2**16, "both", lookup)
+        rows = list(report.measure([make_task()], at))
+    path = report.write(tmp_path / "out", "planted", rows, "both", None)
+    text = path.read_text()
+    assert rows[0].gain("both").low > 1
+    assert "| int8_matmul | N=32 K=24 | 1 |" in text and "| record |" in text
+    assert "One shape an op: nothing to transfer." in text
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    kernels = json.loads((tmp_path / "out" / "report.json").read_text())["kernels"]
+    assert kernels[0]["seconds"].keys() == {"tvm", "default", "tuned"}
+
+
+@pytest.fixture(scope="module")
+def servers():
+    """A tracker and two servers on the loopback, TVM's own: the tracker's port."""
+    environment = os.environ | {"TVM_NUM_THREADS": "1", "TVM_USE_RUNTIME_LIB": "1"}
+    children: list[subprocess.Popen] = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", *arguments]
+        children.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return children[-1]
+
+    try:
+        tracker = start("tvm.exec.rpc_tracker", "--host", "127.0.0.1", "--port-end", "9299")
+        port = next(line for line in tracker.stdout if "bind to" in line).split(":")[-1].strip()
+        where = ["--host", "127.0.0.1", "--tracker", f"127.0.0.1:{port}", "--key", "pair"]
+        for _ in range(2):
+            start("tvm.exec.rpc_server", *where, "--port", "9300", "--port-end", "9399")
+        deadline = time.monotonic() + 60
+        while servers_known(int(port)) < 2:
+            assert time.monotonic() < deadline, "no two servers in a minute"
+            time.sleep(0.5)
+        yield int(port)
+    finally:
+        for child in children:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def servers_known(port: int) -> int:
+    try:
+        return count_servers(Rpc("127.0.0.1", port, "pair"))
+    except BuildError:
+        return 0
+
+
+def test_two_servers_measure_in_parallel(kernel, tmp_path, monkeypatch, servers):
+    monkeypatch.setattr(generic, "KNOBS", {"fault": (NONE, WRONG), "lanes": (100, 60, 30, 1)})
+    with pytest.raises(BuildError, match=r"no server of key 'one' at .*; possible: pair"):
+        count_servers(Rpc("127.0.0.1", servers, "one"))
+    workers = [Worker(TARGET, 1, Rpc("127.0.0.1", servers, "pair")) for _ in range(2)]
+    asked: dict[int, int] = {}
+    for i, worker in enumerate(workers):
+        monkeypatch.setattr(worker, "check", counted(worker.check, asked, i))
+    try:
+        running = tuned(tmp_path, workers=workers)
+    finally:
+        for worker in workers:
+            worker.close()
+    assert min(asked.get(0, 0), asked.get(1, 0)) >= 3
+    found = results(store.read(running.records).records)
+    assert all(result.startswith("wrong") for r in (100, 60, 30, 1) for result in found[WRONG, r])
+    assert dict(running.progress[0].chosen.knobs) == {"fault": NONE, "lanes": 1}
+
+
+def counted(function, asked: dict[int, int], i: int):
+    def call(*arguments):
+        asked[i] = asked.get(i, 0) + 1
+        return function(*arguments)
+
+    return call
+
+
+REFUSED = {
+    "target": (["--target", "vax"], "target: asked for 'vax'; possible: generic, "),
+    "model": (["--model", "nope"], "model 'nope': neither a shipped model (novels-42m), nor"),
+    "variant": (["--model", "tiny", "--variant", "x"], "variant: asked for 'x'; possible: "),
+    "trials": (["--trials", "0"], "trials: asked for 0; possible: 1 and more"),
+    "rpc alone": (["--rpc", "127.0.0.1:9190"], "rpc: --rpc HOST:PORT and --key KEY go together"),
+    "rpc": (["--rpc", "nowhere", "--key", "k"], "rpc: asked for 'nowhere'; possible: HOST:PORT"),
+    "tracker": (["--rpc", "127.0.0.1:1", "--key", "k"], "rpc: no tracker at 127.0.0.1:1"),
+    "machine": (["--target", "arm-neon"], "target: arm-neon does not run on this host; possible"),
+}
+
+
+@pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(options, message, capsys, tmp_path):
+    assert tune.main([*options, "--records", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"compiler.tune: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_compiler(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert tune.main(["--target", "generic"]) == 2
+    assert "possible: apt-get install gcc" in capsys.readouterr().err
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    """The shapes of `tiny` on this CPU, by the command; then an interrupted one."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", "tiny", "--ops", "int8_matmul", "--trials", "2", "--cold-mib", "1"]
+    if not any(len(values) > 1 for f in ("avx2", "neon") for values in knobs_of_family(f)):
+        pytest.skip("no kernel of this machine's has knobs")
+    assert tune.main([*options, "--records", "here"]) == 0
+    out, err = capsys.readouterr()
+    path = Path(out.split()[1])
+    assert {r.op for r in store.read(path).records} == {"int8_matmul"}
+    assert "2/2" in err and "done" in err
+    monkeypatch.setattr(tune, "tune", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    assert tune.main(options) == 130
+    assert "what is measured is kept, --resume goes on" in capsys.readouterr().err
+
+
+def knobs_of_family(family: str) -> list[tuple[int, ...]]:
+    try:
+        return list(knobs_of("int8_matmul", family).values())
+    except ImportError:
+        return []

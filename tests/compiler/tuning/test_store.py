@@ -1,0 +1,249 @@
+"""Records on the disk: what is read, refused, mended, merged, pruned and found again."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compiler import records
+from compiler.kernels import Choice
+from compiler.tuning import store
+from compiler.tuning.lookup import Lookup
+from compiler.tuning.machine import Machine, this_machine
+from schedules.targets import TARGETS
+
+TARGET = TARGETS["generic"]
+HERE = Machine("CPU 1", ("a", "b"), 2, "0.27")
+WORKLOAD = ["123", "code"]
+
+
+def line(streams=4, race=0, chosen=0, result="ok", rows=1, version="d-c", seconds=(1e-3, 2e-3)):
+    """What MetaSchedule's as_json() gives."""
+
+    def annotate(key, value):
+        text = f'"{value}"' if isinstance(value, str) else value
+        return ["Annotate", ["b0", text], [key], []]
+
+    instructions = [
+        ["GetSBlock", [], ["kernel", "main"], ["b0"]],
+        annotate("family", "generic"),
+        ["SampleCategorical", [], [[4, 2, 1], [0.3, 0.3, 0.3]], ["v1"]],
+        ["Annotate", ["b0", "v1"], ["knob.streams"], []],
+        annotate("op", "int8_matmul"),
+        annotate("sizes", "K=64 N=32 eps=1e-05"),
+        annotate("version", version),
+        annotate("result", result),
+        annotate("race", race),
+        annotate("chosen", chosen),
+    ]
+    trace = [instructions, [[2, [4, 2, 1].index(streams)]]]
+    times = list(seconds) if result == "ok" else [1e10]
+    return [trace, times, {"kind": "llvm"}, [["TENSOR", "int8", [rows, 64]]]]
+
+
+def filled(root: Path, *lines, machine=HERE) -> Path:
+    writer = store.Writer(root, TARGET.name, machine)
+    writer.add(WORKLOAD, lines)
+    return writer.path
+
+
+def test_round_trip(tmp_path):
+    path = filled(tmp_path, line(2, race=7, chosen=1, rows=128), line(1, result="crash: SIGSEGV"))
+    directory = store.read(path)
+    good, bad = directory.records
+    assert (directory.target, directory.machine, directory.problems) == ("generic", HERE, ())
+    assert good.choice == Choice("generic", (("streams", 2),))
+    assert good.key == ("int8_matmul", (("K", 64), ("N", 32), ("eps", 1e-5)))
+    assert (good.rows, good.race, good.chosen, good.seconds) == (128, 7, True, (1e-3, 2e-3))
+    assert (bad.result, bad.seconds) == ("crash: SIGSEGV", ())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["not json", "[]", "[0, [[[], []], [1], {}, []]]", json.dumps([5, line()]), '{"a": 1}'],
+)
+def test_foreign_line_is_told_and_passed_over(tmp_path, damage):
+    path = filled(tmp_path, line())
+    with (path / store.RECORDS).open("a") as file:
+        file.write(damage + "\n")
+    store.Writer(tmp_path, TARGET.name, HERE).add(WORKLOAD, [line(2)])
+    directory = store.read(path)
+    assert [dict(r.choice.knobs)["streams"] for r in directory.records] == [4, 2]
+    (problem,) = directory.problems
+    assert problem.startswith(f"{path / store.RECORDS}:2: not a record of this project")
+
+
+def test_torn_last_line_is_set_aside(tmp_path):
+    path = filled(tmp_path, line())
+    with (path / store.RECORDS).open("a") as file:
+        file.write('[0, [[["GetSBl')
+    filled(tmp_path, line(2))
+    assert len(store.read(path).records) == 2 and not store.read(path).problems
+    assert "GetSBl" in (path / store.RECORDS).with_suffix(".damaged").read_text()
+
+
+def test_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
+    path = filled(tmp_path, line())
+    before = (path / store.RECORDS).read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = store.Writer(tmp_path, TARGET.name, HERE)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(store.RecordError, match=r"cannot write \(No space left on device\)"):
+        writer.add(WORKLOAD, [line(2), line(1)])
+    with pytest.raises(store.RecordError, match="No space left"):
+        store.write(store.read(path), path)
+    assert (path / store.RECORDS).read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not what compiler.tune writes"),
+        ('{"format": 9}', "records of format 9; possible: 1"),
+        ('{"format": 1, "target": "generic"}', "is not what compiler.tune writes"),
+    ],
+)
+def test_bad_machine_file(tmp_path, content, message):
+    (tmp_path / store.MACHINE).write_text(content)
+    with pytest.raises(store.RecordError, match=message):
+        store.read(tmp_path)
+
+
+SIZES = {"N": 32, "K": 64, "eps": 1e-5}
+
+
+def found(roots, machine=HERE) -> list[tuple]:
+    lookup = Lookup(TARGET, roots, machine)
+    return [(dict(r.choice.knobs)["streams"], r.origin) for r in lookup("int8_matmul", SIZES)]
+
+
+def test_exact_machine_comes_before_the_nearest(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    other_cpu = replace(HERE, processor="CPU 2", flags=("a",))
+    more_threads = replace(HERE, threads=8)
+    filled(one, line(1, race=1, chosen=1), machine=other_cpu)
+    filled(one, line(2, race=1, chosen=1), machine=more_threads)
+    filled(two, line(4, race=1, chosen=1))
+    assert found([one, two]) == [(4, "record"), (2, "nearest"), (1, "nearest")]
+    assert found([one, two], replace(HERE, threads=16))[0] == (2, "nearest")
+    assert found([]) == []
+
+
+def test_last_race_counts_and_the_search_does_not(tmp_path):
+    filled(tmp_path, line(1, race=9, chosen=1), line(2, race=5, chosen=1), line(4))
+    assert found([tmp_path]) == [(1, "record")]
+    assert list(Lookup(TARGET, [tmp_path], HERE)("int8_matmul", SIZES | {"N": 64})) == []
+
+
+def test_other_version_of_tvm_is_told_and_not_used(tmp_path):
+    filled(tmp_path, line(1, race=1, chosen=1), machine=replace(HERE, tvm="0.26"))
+    lookup = Lookup(TARGET, [tmp_path], HERE)
+    assert list(lookup("int8_matmul", SIZES)) == []
+    (note,) = lookup.notes
+    assert note.endswith("records of TVM 0.26, this is 0.27: not used")
+
+
+def test_unreadable_directory_does_not_stop_a_build(tmp_path):
+    path = filled(tmp_path, line(1, race=1, chosen=1))
+    (path / store.RECORDS).write_bytes(b"\xff\xfe\x00")
+    lookup = Lookup(TARGET, [tmp_path], HERE)
+    assert list(lookup("int8_matmul", SIZES)) == [] and "cannot be read" in lookup.notes[0]
+
+
+def command(*arguments) -> int:
+    return records.main([str(argument) for argument in arguments])
+
+
+def test_merge_adds_what_is_new_once(tmp_path, capsys):
+    one, two, into = tmp_path / "one", tmp_path / "two", tmp_path / "into"
+    filled(one, line(1), line(2))
+    filled(two, line(2), line(4))
+    writer = store.Writer(two, TARGET.name, HERE)
+    writer.add(["456", "other"], [line(4)])
+    assert command("merge", one, two, "--into", into) == 0
+    assert "4 records added" in capsys.readouterr().out
+    assert command("merge", one, two, "--into", into) == 0
+    assert "0 records added" in capsys.readouterr().out
+    merged = store.read(into / TARGET.name / HERE.slug)
+    assert [json.loads(text)[0] for text in merged.workloads] == ["123", "456"]
+    assert [record.workload for record in merged.records] == [0, 0, 0, 1]
+
+
+def test_export_and_import(tmp_path, capsys):
+    root, file, there = tmp_path / "root", tmp_path / "file.tar.gz", tmp_path / "there"
+    path = filled(root, line(1, race=1, chosen=1), line(2))
+    assert command("export", file, "--records", root) == 0
+    assert command("import", file, "--records", there) == 0
+    copy = there / path.relative_to(root)
+    assert [r.line for r in store.read(copy).records] == [r.line for r in store.read(path).records]
+    assert "2 records added" in capsys.readouterr().out
+
+
+def test_import_refuses_a_foreign_file(tmp_path, capsys):
+    (tmp_path / "text").write_text("no archive")
+    assert command("import", tmp_path / "text", "--records", tmp_path / "root") == 2
+    assert "not an exported file" in capsys.readouterr().err
+    path = filled(tmp_path / "root", line(1))
+    (path / store.RECORDS).write_text("[1]\n")
+    assert command("export", tmp_path / "bad.tar.gz", "--records", tmp_path / "root") == 0
+    capsys.readouterr()
+    assert command("import", tmp_path / "bad.tar.gz", "--records", tmp_path / "there") == 2
+    assert "nothing is imported" in capsys.readouterr().err and not (tmp_path / "there").exists()
+
+
+def test_prune_keeps_what_a_build_can_use(tmp_path, capsys):
+    path = filled(
+        tmp_path,
+        line(1, race=9, chosen=1, version="d-c"),
+        line(4, race=9, version="d-d"),
+        line(2, version="d-e"),
+        line(2, result="hang: 3 s"),
+        line(2, race=5, chosen=1, version="d-e"),
+        line(2, version="old-e"),
+    )
+    before = (path / store.RECORDS).read_text()
+    assert command("prune", tmp_path, "--dry-run") == 0
+    assert (path / store.RECORDS).read_text() == before
+    assert command("prune", tmp_path) == 0
+    assert "3 of 6 records dropped, 3 kept" in capsys.readouterr().out
+    assert [(r.race, r.version) for r in store.read(path).records] == [
+        (9, "d-c"),
+        (9, "d-d"),
+        (0, "d-e"),
+    ]
+    assert found([tmp_path]) == [(1, "record")]
+
+
+def test_list_and_show(tmp_path, capsys):
+    path = filled(tmp_path, line(2, race=9, chosen=1), line(1, result="wrong: M=1: all differ"))
+    assert command("list", "--records", tmp_path) == 0
+    listed = capsys.readouterr().out
+    assert "CPU 1" in listed and "0.27 (not this one)" in listed and str(path) in listed
+    assert command("show", path) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "int8_matmul K=64 N=32 eps=1e-05 generic streams=2 1: 2000 2 1" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("list", "--records", "/nowhere"), ("show", "/nowhere"), ("prune", "/nowhere")],
+    ids=lambda arguments: arguments[0],
+)
+def test_nothing_there(arguments, capsys):
+    assert command(*arguments) == 2
+    assert "/nowhere" in capsys.readouterr().err
+
+
+def test_this_machine():
+    """Exact to itself; its name is one path component."""
+    machine = this_machine(TARGETS["generic"])
+    assert machine == this_machine(TARGETS["generic"]) != this_machine(TARGETS["generic"], 99)
+    assert machine == Machine.from_dict(json.loads(json.dumps(vars(machine))))
+    assert "/" not in machine.slug and machine.slug == machine.slug.strip("-")
