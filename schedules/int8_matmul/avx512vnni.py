@@ -48,7 +48,7 @@ def lane_sums(lanes, w, q, table_rows, activation_rows, k: int, prefetch: int):
         for i, n in enumerate(table_rows):
             weights = T.Bind(avx512.biased(avx2.load(w, n, column, lanes=LANES)))
             if prefetch:
-                avx512.prefetch(w, n, column + prefetch)
+                avx2.prefetch(w, n, column + prefetch)
             for j, m in enumerate(activation_rows):
                 at = i * len(activation_rows) + j
                 signed = activations[j]

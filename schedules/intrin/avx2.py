@@ -113,3 +113,10 @@ def _interleave(a: Expr, b: Expr, lanes: int, first: int) -> Expr:
     quarter, half = lanes // 4, lanes // 2
     starts = [lane + first + j for lane in (0, half) for j in range(quarter)]
     return T.Shuffle([a, b], [i for s in starts for i in (s, lanes + s)])
+
+
+def prefetch(buffer, *index: Expr | int) -> None:
+    """Ask for the cache line at an index, which may lie past the end; never faults."""
+    read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
+    address = T.address_of(buffer[index])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, all_levels, data))

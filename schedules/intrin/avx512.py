@@ -28,13 +28,6 @@ def biased(signed: Expr) -> Expr:
     return T.reinterpret("uint8x64", signed) ^ T.broadcast(T.uint8(128), 64)
 
 
-def prefetch(buffer, *index: Expr | int) -> None:
-    """Ask for the cache line at an index, which may lie past the end; never faults."""
-    read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
-    address = T.address_of(buffer[index])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, all_levels, data))
-
-
 def interleave(a: Expr, b: Expr, unit: int) -> tuple[Expr, Expr]:
     """vpunpckl and vpunpckh of bytes (unit 1) or words (2): a[0], b[0], a[1], b[1], ... of the
     lower and of the upper half of each 128-bit lane."""

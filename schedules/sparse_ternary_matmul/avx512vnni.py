@@ -95,7 +95,7 @@ def walk_group(sums, w, columns, next_columns, pairs, field_masks, first, b):
         at = columns[4 * quad :][:4]
         bytes_ = [T.Bind(avx2.load(w, column, first + b, 0, lanes=avx512.LINE)) for column in at]
         for column in next_columns[4 * quad :][:4]:
-            avx512.prefetch(w, column, first + b, 0)
+            avx2.prefetch(w, column, first + b, 0)
         for g, code in enumerate(codes_of(bytes_, field_masks)):
             found[g] = T.Bind(avx512.dot_bytes(found[g], code, activations))
     for g, value in enumerate(found):

@@ -28,10 +28,11 @@ def kernel(
     streams: int = 4,
     wide: int = 4,
     l2_eighths: int = 4,
+    prefetch: int = 2048,
 ) -> PrimFunc:
     if lookup and act_bits == 4:
-        tiles = {"streams": streams, "wide": wide, "l2_eighths": l2_eighths}
+        tiles = {"streams": streams, "wide": wide, "l2_eighths": l2_eighths, "prefetch": prefetch}
         return lookup_avx2.kernel(n, k, target, epilogue, **tiles)
-    if streams != 4 or (act_bits == 8 and not lookup):
+    if (streams, prefetch) != (4, 2048) or (act_bits == 8 and not lookup):
         raise ValueError("ternary_matmul: multiplying has no such choice")
     return columns_avx2.kernel(n, k, target, epilogue, wide=wide, l2_eighths=l2_eighths)

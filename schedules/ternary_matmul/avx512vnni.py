@@ -91,7 +91,7 @@ def accumulate(sums32, w, qs, blocks, rows, prefetch: int):
         for i, b in enumerate(blocks):
             bytes_ = T.Bind(avx2.load(w, b, quad, 0, lanes=avx512.LINE))
             if prefetch:
-                avx512.prefetch(w, b, quad + prefetch // avx512.LINE, 0)
+                avx2.prefetch(w, b, quad + prefetch // avx512.LINE, 0)
             for f, mask in enumerate(field_masks):
                 codes = T.Bind(bytes_ & mask)
                 for j, activation in enumerate(activations):
