@@ -166,6 +166,45 @@ def our_rows(n: int, k: int, m: int, plugin: Path, mca: str | None) -> Iterator[
                 yield row
 
 
+def other_rows(n: int, k: int, plugin: Path) -> Iterator[Row]:
+    """The other ops that read weights or the cache, for one row. A product of the sparse matmul, 84 %
+    zeros, is one of the dense matrix; of attention (20 heads, 5 of keys and values, D = 128,
+    3 bits, position 511) one of either product."""
+    rng = np.random.default_rng(0)
+    zeros = np.zeros(1, np.int64)
+    for level, name in LEVELS.items():
+        target = TARGETS[name]
+        q, (scale, w_scale) = activations("random", 1, k, 8), ones(1, n)
+        out = np.full((1, n), np.nan, np.float32)
+        head = module("int8_matmul", target).kernel(n, k, target)
+        table = activations("random", n, k, 8)
+        yield other_row("int8_matmul", level, head, [q, scale, table, w_scale, out], n * k, plugin)
+
+        kernels = module("sparse_ternary_matmul", target)
+        w = LAYOUTS[kernels.layout()].pack(weights("random", n, k))
+        q = np.where(rng.random((1, k)) < 0.84, 0, q).astype(np.int8)
+        index = np.argsort(q == 0, axis=1, kind="stable").astype(np.int32)
+        active = (q != 0).sum(1).astype(np.int32)
+        arrays = [q, scale, index, active, w, w_scale, out * 0, out]
+        sparse = kernels.kernel(n, k, target)
+        yield other_row("sparse_ternary_matmul", level, sparse, arrays, n * k, plugin)
+
+        heads, kv_heads, dim, seen = 20, 5, 128, 512
+        qkv = rng.standard_normal((1, (heads + 2 * kv_heads) * dim)).astype(np.float32)
+        codes = rng.integers(0, 256, (1, kv_heads, 2, dim // 2 + (seen - 1) * 48), np.uint8)
+        scales = np.ones((1, kv_heads, 2, seen), np.float16)
+        arrays = [qkv, codes, scales, zeros, zeros + seen - 1, qkv[:, : heads * dim].copy()]
+        attention = module("attention", target).kernel(heads, kv_heads, dim, 3, target)
+        count = 2 * heads * dim * seen
+        yield other_row("attention", level, attention, arrays, count, plugin)
+
+
+def other_row(op: str, level: str, func, arrays: list, products: int, plugin: Path) -> Row:
+    target = TARGETS[LEVELS[level]]
+    count = count_kernel(compiled(func, target), arrays, plugin)
+    return Row(f"{op}, {family(op, target)}", level, 8, 1, count / products)
+
+
 def peer_rows(
     peers: list[tuple[str, Path]], k: int, m: int, runner: Path, plugin: Path, mca: str | None
 ) -> Iterator[Row]:
@@ -256,10 +295,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.peer:
             runner = build_peer_runner(Path(name))
             rows += peer_rows(args.peer, args.k, args.m, runner, plugin, mca)
+        others = [*other_rows(args.n, args.k, plugin)]
     rows.sort(key=lambda row: ([*LEVELS].index(row.level), row.m, row.instructions))
-    print(table(rows))
+    print(table(rows), table(others), sep="\n\n")
     args.o.mkdir(parents=True, exist_ok=True)
-    (args.o / "arm_counts.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    (args.o / "arm_counts.json").write_text(
+        json.dumps([asdict(row) for row in rows + others], indent=1)
+    )
     plot(rows, args.o / "arm_counts.svg")
     return 0
 
