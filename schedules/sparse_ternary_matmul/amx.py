@@ -52,7 +52,7 @@ def tile_rows(output, q, w, rows, first, blocks, k: int, tile_m: int, multiply):
     palette = T.alloc_buffer((64,), "uint8")
     amx.request()
     amx.configure(palette)
-    avx512vnni.tile_rows(output, q, w, rows, first, blocks, k, tile_m, multiply)
+    avx512vnni.tile_rows(output, q, w, rows, first, blocks, k, tile_m, multiply, HEIGHT)
     amx.release()
 
 

@@ -175,8 +175,18 @@ def multiply(sums, codes, qs, height, kk0, count):
         multiply_rows(sums, codes, qs, height // ROWS * ROWS + i, 1, kk0, count)
 
 
-def tile_rows(output, q, w, rows, first, blocks, k: int, tile_m: int, multiply: Multiply):
-    """All rows of q, tile by tile, for `blocks` blocks from `first` on"""
+def clear_rows(qs, first, count):
+    """Zeros in `count` rows of qs from `first` on"""
+    with T.serial(count) as r, T.serial(int(qs.shape[1]) // avx512.LINE) as v:
+        zeros = T.broadcast(T.int8(0), avx512.LINE)
+        avx2.store(qs, first + r, avx512.LINE * v, value=zeros, lanes=avx512.LINE)
+
+
+def tile_rows(
+    output, q, w, rows, first, blocks, k: int, tile_m: int, multiply: Multiply, multiple: int = 1
+):
+    """All rows of q, tile by tile, for `blocks` blocks from `first` on. `multiply` may touch rows
+    up to a multiple: they are written here, for TVM cuts a buffer down to what it sees in use."""
     groups = num_quads(k) // 16
     qs = T.alloc_buffer((tile_m, 4 * num_quads(k)), "int8")
     totals = T.alloc_buffer((tile_m,), "int32")
@@ -188,8 +198,9 @@ def tile_rows(output, q, w, rows, first, blocks, k: int, tile_m: int, multiply: 
         with T.serial(height) as r:
             copy_row(qs, r, q, m + r, k)
             sum_row(totals, r, qs, r)
+        clear_rows(qs, height, -height % multiple)
         with T.serial(blocks) as b:
-            clear_sums(sums, height)
+            clear_sums(sums, T.ceildiv(height, multiple) * multiple)
             with T.serial(-(-groups // SLAB)) as slab:
                 count = T.Bind(T.min(groups - slab * SLAB, SLAB))
                 unpack(codes, w, first + b, slab * SLAB, count, k)

@@ -50,13 +50,24 @@ def unpack(codes, w, b):
 
 
 def copy_tiles(tiles, totals, row, q, m, height, k: int):
-    """tiles[r // 16, kk, r % 16] = 64 columns of row m + r of q; totals as in `copy_row`"""
+    """tiles[r // 16, kk, r % 16] = 64 columns of row m + r of q, zeros up to whole pairs of tiles:
+    TVM cuts a buffer down to what it sees in use, and does not see tile loads. totals[r] = sum"""
     with T.serial(height) as r:
         copy_row(row, 0, q, m + r, k)
         sum_row(totals, r, row, 0)
         with T.serial(tiles.shape[1]) as kk:
             value = avx2.load(row, 0, 64 * kk, lanes=64)
             avx2.store(tiles, r // amx.ROWS, kk, r % amx.ROWS, 0, value=value, lanes=64)
+    with T.serial(-height % HEIGHT) as i, T.serial(tiles.shape[1]) as kk:
+        r = height + i
+        zeros = T.broadcast(T.int8(0), 64)
+        avx2.store(tiles, r // amx.ROWS, kk, r % amx.ROWS, 0, value=zeros, lanes=64)
+
+
+def clear(sums32):
+    """All of the tiles' sums, of which TVM does not see the tile stores."""
+    with T.serial(HEIGHT) as r, T.serial(BLOCK // 16) as v:
+        avx2.store(sums32, r, 16 * v, value=T.broadcast(T.int32(0), 16), lanes=16)
 
 
 def multiply(sums32, codes, tiles, r0, fields: int):
@@ -146,6 +157,7 @@ def kernel(
                         sums32 = T.alloc_buffer((HEIGHT, BLOCK), "int32")
                         palette = T.alloc_buffer((64,), "uint8")
                         amx.configure(palette)
+                        clear(sums32)
                         copy_tiles(tiles, totals, row, q, m, height, k)
                         for b in T.serial(share):
                             unpack(codes, w, first + b)

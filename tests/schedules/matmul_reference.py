@@ -10,7 +10,7 @@ from schedules.layouts import LAYOUTS
 from schedules.targets import TargetSpec
 from tests.schedules.compiled import compiled
 
-ROWS = (0, 1, 2, 5, 33, 128)
+ROWS = (0, 1, 2, 5, 16, 33, 128)
 # Odd ones, tails of every unit of the kernels, sizes of models, the first K past 16-bit sums.
 SHAPES = [
     (1, 29),

@@ -49,7 +49,7 @@ def check(target, q, zeros, w, seed=0):
 @pytest.mark.parametrize("zeros", [0, 0.5, 0.84, 0.99, 1], ids=lambda z: f"zeros{z}")
 @pytest.mark.parametrize("n, k", [(130, 257), (512, 1536), (1, 1), (64, 2), (65, 6912)])
 def test_sparsity(target, n, k, zeros):
-    for m in (0, 1, 2, 5, 33, 128):
+    for m in (0, 1, 2, 5, 16, 33, 128):
         check(target, activations("random", m, k, 8, m), zeros, weights("random", n, k), m)
 
 
