@@ -44,6 +44,11 @@ def assemble(
             exported = export_model(model)
         with progress.phase("lower"):
             lowered = pipeline.lower(exported, kv_bits, debug_dump)
+        if passed_over := sorted(set(kernels.passed_over)):
+            progress.say(
+                f"records: of other kernels than these, not used: {', '.join(passed_over)}; "
+                "possible: python -m compiler.tune"
+            )
         with progress.phase("pack weights"):  # before the long phase: it may refuse the checkpoint
             params = artifact_writer.write_params(
                 directory,

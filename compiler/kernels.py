@@ -86,6 +86,7 @@ class KernelTable:
     target: TargetSpec
     lookup: Lookup = no_records
     record: list[dict[str, object]] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)  # ops whose records are of other code
     _chosen: dict[tuple, tuple[Schedule, str]] = field(default_factory=dict)
     _built: dict[tuple, PrimFunc] = field(default_factory=dict)
     _added: dict[tuple, GlobalVar] = field(default_factory=dict)  # to the module being legalised
@@ -98,11 +99,14 @@ class KernelTable:
         if key not in self._chosen:
             default = Schedule(folder, default_choice(folder, self.target.families))
             self._chosen[key] = default, "default"
-            for found in self.lookup(op, sizes):
+            recorded = list(self.lookup(op, sizes))
+            for found in recorded:
                 schedule = Schedule(folder, found.choice)
                 if found.version == version_of(default, schedule, make):
                     self._chosen[key] = schedule, found.origin
                     break
+            else:
+                self.passed_over += [op] * bool(recorded)
         return self._chosen[key][0]
 
     def origin(self, op: str, sizes: Sizes) -> str:

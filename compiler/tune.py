@@ -161,9 +161,7 @@ def parse_rpc(config: TuneConfig) -> "Rpc | None":
 
 
 def require_runnable(target: "TargetSpec", rpc: "Rpc | None") -> None:
-    from schedules.targets import CpuTarget
-
-    if rpc is None and isinstance(target, CpuTarget) and not target.runs_here():
+    if rpc is None and not target.runs_here():
         raise BuildError(
             f"target: {target.name} does not run on this host; "
             "possible: --rpc HOST:PORT --key KEY of a machine that it runs on"

@@ -11,7 +11,7 @@ Requests and replies go through a multiprocessing connection:
 A race times the libraries in turn, there and back, one call at each number of rows a round, so
 that what slows the machine for a while slows them all. Every call reads another copy of the
 weights, and the copies together exceed the last-level cache, as a model's weights do. What runs
-here is TVM's 5 MB runtime: neither torch nor the compiler is imported.
+here is, for a CPU, TVM's 5 MB runtime: neither torch nor the compiler is imported.
 """
 
 import os
@@ -30,6 +30,8 @@ class Device:
     """Where kernels run: this process, or a server that a tracker gave us."""
 
     def __init__(self, kind: str, rpc: tuple[str, int, str] | None, session_seconds: int) -> None:
+        if kind == "cpu":  # of a GPU, the compiler's library brings the driver's part
+            os.environ["TVM_USE_RUNTIME_LIB"] = "1"
         import tvm
 
         self._tvm = tvm
@@ -189,7 +191,6 @@ def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-    os.environ["TVM_USE_RUNTIME_LIB"] = "1"
     sys.modules["torch"] = None  # type: ignore[assignment] # tvm_ffi imports it where it can
     with Connection(int(sys.argv[1])) as connection:
         serve(connection)

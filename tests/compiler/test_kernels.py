@@ -115,8 +115,10 @@ def test_record_of_another_kernel_is_passed_over(knobbed, monkeypatch):
     stale = recorded({"unroll": 4})
     tuned = generic.kernel
     monkeypatch.setattr(generic, "kernel", lambda *a, **k: tuned(*a, **k).with_attr("new", 1))
-    _, record = legalized("generic", "int8_matmul", lookup=lambda *_: [stale])
-    assert built(record) == ("generic", {"unroll": 2}, "default")
+    with using(GENERIC, lambda *_: [stale]) as table:
+        relax.transform.LegalizeOps()(CASES["int8_matmul"].module())
+    assert built(table.record) == ("generic", {"unroll": 2}, "default")
+    assert table.passed_over == ["int8_matmul"]
 
 
 def test_weights_are_packed_as_the_chosen_kernel_reads_them():

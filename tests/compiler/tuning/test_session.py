@@ -297,6 +297,7 @@ REFUSED = {
     "rpc alone": (["--rpc", "127.0.0.1:9190"], "rpc: --rpc HOST:PORT and --key KEY go together"),
     "rpc": (["--rpc", "nowhere", "--key", "k"], "rpc: asked for 'nowhere'; possible: HOST:PORT"),
     "tracker": (["--rpc", "127.0.0.1:1", "--key", "k"], "rpc: no tracker at 127.0.0.1:1"),
+    "gpu": (["--target", "cuda-sm90"], "target: cuda-sm90 does not run on this host; possible"),
     "machine": (["--target", "arm-neon"], "target: arm-neon does not run on this host; possible"),
 }
 
