@@ -87,6 +87,12 @@ def warp_reduce(value: Expr, op: str, width: int = WARP) -> Expr:
     return T.bind(T.cuda.warp_reduce(value, op, width))
 
 
+def warp_count(value: Expr) -> Expr:
+    """Sum of the lanes' int32, by one instruction; none negative."""
+    total = T.cuda.reduce_add_sync_u32(T.uint32(FULL_MASK), T.reinterpret("uint32", value))
+    return T.bind(T.reinterpret("int32", T.bind(total)))
+
+
 def shuffle(value: Expr, lane: Expr | int) -> Expr:
     """The value that `lane` has."""
     return T.tvm_warp_shuffle(T.uint32(FULL_MASK), value, lane, WARP, WARP)

@@ -11,7 +11,7 @@
 
     tile | value          | bound by
     P    | as in rms_norm | threads of a block
-    3    | bounds a pass  | counts of 17 bits, three in the 53 of a float64: K below 2^17
+    3    | bounds a pass  | counts of 17 bits, three in 64: K below 2^17
 
 k = K skips the selection.
 """
@@ -109,12 +109,13 @@ def narrow(low, high, surplus, bits, step, keep: int, scratch: cuda.Scratch) -> 
         reached = T.int32(0)
         for i in range(int(bits.shape[0])):
             reached = reached + T.cast(bits[i] >= start + (j + 1) * step, "int32")
-        packed = packed + T.shift_left(T.cast(reached, "int64"), T.int64(j * COUNT_BITS))
-    total = T.bind(scratch.reduce(packed, "sum"))
+        of_warp = T.cast(cuda.warp_count(T.bind(reached)), "int64")
+        packed = packed + T.shift_left(of_warp, T.int64(j * COUNT_BITS))
+    partial = scratch.of_lane(scratch.share(T.bind(packed)), T.int64(0))
     cuda.store(high, T.min(end, start + step), 0)
     for j in range(BOUNDS):
-        field = T.shift_right(total, T.int64(j * COUNT_BITS)) & T.int64((1 << COUNT_BITS) - 1)
-        reached = T.bind(T.cast(field, "int32"))
+        field = T.shift_right(partial, T.int64(j * COUNT_BITS)) & T.int64((1 << COUNT_BITS) - 1)
+        reached = cuda.warp_count(T.bind(T.cast(field, "int32")))
         bound = start + (j + 1) * step
         with cuda.when(reached >= keep):
             cuda.store(low, bound, 0)
