@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from schedules.targets import TargetSpec
 
 TRIALS = 200
+MINUTES = 20.0
 WEIGH = ("both", "decode", "prefill")
 
 
@@ -39,6 +40,7 @@ class TuneConfig:
     variant: str | None = None
     target: str = "native"
     trials: int = TRIALS
+    minutes: float = MINUTES
     ops: tuple[str, ...] = ()
     weigh: str = "both"
     records: Path | None = None
@@ -71,6 +73,12 @@ def parse(argv: list[str] | None) -> TuneConfig:
         help="a row of schedules/targets.py, or native, the best one for this CPU (the default)",
     )
     add("--trials", type=int, default=TRIALS, help="candidates in all (default: %(default)s)")
+    add(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help="after which no new candidates are tried (default: %(default)s)",
+    )
     add("--ops", nargs="+", default=(), metavar="OP", help="only these ops (default: all)")
     add(
         "--weigh",
@@ -141,6 +149,8 @@ def find_target(name: str) -> "TargetSpec":
 
 def check(config: TuneConfig) -> None:
     """What can be refused before anything is imported."""
+    if not config.minutes > 0:
+        raise BuildError(f"minutes: asked for {config.minutes:g}; possible: above 0")
     for name, value in (("trials", config.trials), ("threads", config.threads)):
         if value is not None and value < 1:
             raise BuildError(f"{name}: asked for {value}; possible: 1 and more")
@@ -233,7 +243,12 @@ def tune(config: TuneConfig) -> Path:
         tasks = choose_tasks(config, find_config(config), site.target)
         writer = Writer(config.records or user_root(), site.target.name, site.machine)
         settings = Settings(
-            config.trials, config.weigh, site.cold_bytes, site.linker, config.resume
+            config.trials,
+            config.weigh,
+            site.cold_bytes,
+            site.linker,
+            config.resume,
+            config.minutes,
         )
         session = Session(tasks, site.workers, writer, settings)
         session.say = stack.enter_context(showing(session))

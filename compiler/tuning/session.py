@@ -1,7 +1,7 @@
 """Session: tune the tasks of a model, one after another, the heaviest first.
 
     for task:                        measure the default; its time in the mix is the task's weight
-    trials are shared out by weight, none more than a space has points
+    trials and minutes are shared out by weight, no more trials than a space has points
     for task, by weight:
         batches:                     propose, build, check against the reference, race, record
         final:                       the FINALISTS and the default, FINAL_ROUNDS interleaved rounds;
@@ -63,6 +63,7 @@ class Settings:
     cold_bytes: int
     linker: str
     resume: bool = False
+    minutes: float = 20.0
     rounds: int = ROUNDS
     final_rounds: int = FINAL_ROUNDS
     check_limit: float = CHECK_LIMIT
@@ -108,8 +109,11 @@ class Session:
                 folder.mkdir()
                 under_way.append(self._begin(progress, folder))
             self._share_out(under_way)
+            left, ends = 1.0, self.started + 60 * self._settings.minutes
             for tuned in sorted(under_way, key=lambda t: t.progress.share, reverse=True):
-                self._tune(tuned)
+                now = time.monotonic()
+                self._tune(tuned, now + (ends - now) * tuned.progress.share / left)
+                left = max(1e-9, left - tuned.progress.share)
 
     def seconds_left(self) -> float | None:
         """By the trials made so far; None before the first."""
@@ -165,13 +169,14 @@ class Session:
         for tuned in under_way:
             tuned.progress.allotted = shares[tuned.progress.task.key]
 
-    def _tune(self, tuned: Tuned) -> None:
+    def _tune(self, tuned: Tuned, ends: float) -> None:
+        """Search until the trials or the task's share of the time is used, then the final race."""
         progress = tuned.progress
         self._set_task(tuned)
         if self._settings.resume:
             self._resume(tuned)
         before = progress.trials
-        while progress.trials < progress.allotted:
+        while progress.trials < progress.allotted and time.monotonic() < ends:
             self._show(progress, "searching")
             batch = tuned.search.propose(min(BATCH, progress.allotted - progress.trials))
             if not batch:

@@ -194,6 +194,14 @@ def test_default_that_is_the_best_stays(kernel, tmp_path, monkeypatch):
     assert dict(recorded.choice.knobs) == {"lanes": 1}
 
 
+def test_time_is_up(kernel, tmp_path, monkeypatch):
+    """No candidate is tried after it; the final race, of what there is, takes place."""
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (2, 1)})
+    running = tuned(tmp_path, minutes=1e-6)
+    assert running.progress[0].trials == 0 and running.progress[0].state == "done"
+    assert [r.chosen for r in store.read(running.records).records] == [True, True]
+
+
 def test_default_that_fails_is_refused(kernel, tmp_path, monkeypatch):
     monkeypatch.setattr(generic, "KNOBS", {"fault": (WRONG, NONE)})
     with pytest.raises(BuildError, match=r"the default kernel itself fails \(wrong: M=1"):
@@ -294,6 +302,7 @@ REFUSED = {
     "model": (["--model", "nope"], "model 'nope': neither a shipped model (novels-42m), nor"),
     "variant": (["--model", "tiny", "--variant", "x"], "variant: asked for 'x'; possible: "),
     "trials": (["--trials", "0"], "trials: asked for 0; possible: 1 and more"),
+    "minutes": (["--minutes", "nan"], "minutes: asked for nan; possible: above 0"),
     "rpc alone": (["--rpc", "127.0.0.1:9190"], "rpc: --rpc HOST:PORT and --key KEY go together"),
     "rpc": (["--rpc", "nowhere", "--key", "k"], "rpc: asked for 'nowhere'; possible: HOST:PORT"),
     "tracker": (["--rpc", "127.0.0.1:1", "--key", "k"], "rpc: no tracker at 127.0.0.1:1"),
