@@ -218,7 +218,7 @@ class Engine:
         arguments = [*self._device.inputs(name, arrays), self.cache.tensors, self._parameters]
         try:
             if will_capture:
-                self._fill_pool(arguments)
+                tvm_runtime.fill_pool(self._module, f"decode_kv{self.kv_bits}", arguments)
             return self._functions[name](*arguments)
         except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
             reason = " ".join(str(error).split())[-200:]
@@ -226,15 +226,6 @@ class Engine:
                 f"artifact {self.artifact.path}: its library refuses the parameters or caches "
                 f"that artifact.json and config.json describe: {reason}; possible: build it again"
             ) from error
-
-    def _fill_pool(self, arguments: list[Any]) -> None:
-        """Leave in TVM's pool what a capture takes from it, since nothing is allocated meanwhile.
-
-        A capture holds the result of its own first run: two are wanted. The cache is written as
-        the step itself will write it.
-        """
-        step = tvm_runtime.function_or_none(self._module, f"decode_kv{self.kv_bits}_step")
-        _held = [step(*arguments) for _ in range(2)] if step else []
 
     def _check_sequence(self, token_ids: Sequence[int], start: int) -> None:
         if len(token_ids) == 0:

@@ -15,6 +15,7 @@ from model import random
 from model.checkpoint import IntegerWeights, load_integer_model
 from model.config import MODELS, ModelConfig
 from model.integer import Decode, IntegerModel, Prefill
+from runtime import tvm_runtime
 from runtime.device import Device, open_device
 from schedules.layouts import LAYOUTS
 from schedules.targets import TARGETS
@@ -55,9 +56,10 @@ class CompiledModel:
 
     def _step(self, caches: "Caches", name: str, *inputs) -> np.ndarray:
         arrays = [np.asarray(a, np.int64) for a in inputs]
-        step = caches.vm[f"{name}_kv{caches.bits}"]
-        found = step(*caches.device.inputs(name, arrays), caches.compiled, self.params)
-        return self.device.fetch(found)
+        arguments = [*self.device.inputs(name, arrays), caches.compiled, self.params]
+        full_name = f"{name}_kv{caches.bits}"
+        tvm_runtime.fill_pool(caches.vm, full_name, arguments)
+        return self.device.fetch(caches.vm[full_name](*arguments))
 
     def reference_prefill(self, caches: "Caches", tokens, slots, positions, rows) -> np.ndarray:
         arrays = [torch.tensor(a) for a in (tokens, slots, positions, rows)]
