@@ -14,7 +14,7 @@ PROMPT = np.arange(1, 15) * 37 % TINY.vocab_size
 FLOAT_TOLERANCE = 2e-3  # of the largest number: float16 steps of the cache, 1 / 1024, twice
 
 
-# Every variant on the rows that people get; the others differ in kernels, which have tests of theirs
+# Every variant on the rows that people get; others differ in kernels, which have their own tests
 ALL_VARIANTS = {"generic", find("native").name, find("cuda").name}
 CASES = [
     pytest.param(
