@@ -167,9 +167,9 @@ def our_rows(n: int, k: int, m: int, plugin: Path, mca: str | None) -> Iterator[
 
 
 def other_rows(n: int, k: int, plugin: Path) -> Iterator[Row]:
-    """The other ops that read weights or the cache, for one row. A product of the sparse matmul, 84 %
-    zeros, is one of the dense matrix; of attention (20 heads, 5 of keys and values, D = 128,
-    3 bits, position 511) one of either product."""
+    """The other ops that read weights or the cache, for one row. A product of a sparse matmul is
+    one of the dense matrix, 84 % of the codes zero; of attention (20 heads, 5 of keys and values,
+    D = 128, 3 bits, position 511) one of either product."""
     rng = np.random.default_rng(0)
     zeros = np.zeros(1, np.int64)
     for level, name in LEVELS.items():

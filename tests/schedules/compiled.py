@@ -10,6 +10,7 @@ import os
 import numpy as np
 import pytest
 import tvm
+from tvm_ffi import structural_hash
 
 from compiler import nvcc
 from runtime import device_code
@@ -83,18 +84,29 @@ def every_target(folder: str) -> list:
 NATIVE_TARGETS = params([spec for spec in CPU_ROWS if not is_emulated(spec)])
 
 
+# Libraries are files: all are kept, as some kernels of 4- and of 8-bit activations are the same
+_emulated: dict[tuple[int, str], emulator.EmulatedKernel] = {}
+
+
+def executable_of(func: tvm.tirx.PrimFunc, target: TargetSpec) -> tvm.runtime.Executable:
+    mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
+    return tvm.compile(mod, target=target.to_tvm())
+
+
 def compiled(func: tvm.tirx.PrimFunc, target: TargetSpec):
     """call(*arrays) -> the arrays as the kernel left them, outputs and caches included."""
-    mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
+    if is_emulated(target):
+        key = structural_hash(func), target.name
+        if key not in _emulated:
+            _emulated[key] = emulator.EmulatedKernel(executable_of(func, target), target)
+        return _emulated[key]
     device = tvm.cpu()
     if isinstance(target, GpuTarget):
         device = tvm.cuda()
         with nvcc.compiling_for(target, nvcc.find_nvcc(target)):
-            executable = tvm.compile(mod, target=target.to_tvm())
+            executable = executable_of(func, target)
     else:
-        executable = tvm.compile(mod, target=target.to_tvm())
-    if is_emulated(target):
-        return emulator.EmulatedKernel(executable, target)
+        executable = executable_of(func, target)
     entry = executable["kernel"]
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
