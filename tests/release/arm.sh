@@ -30,7 +30,7 @@ if [ ! -e "$work/.root" ]; then
     -c constraints.txt apache-tvm apache-tvm-ffi numpy rich safetensors tokenizers
   # qemu-user shows the host's; the runtime asks it for the features that an artifact needs
   mkdir -p "$root/proc"
-  echo "Features : asimd asimddp i8mm sve sve2" >"$root/proc/cpuinfo"
+  echo "Features : asimd crc32 asimddp i8mm sve sve2" >"$root/proc/cpuinfo"
   touch "$work/.root"
 fi
 
