@@ -9,6 +9,7 @@ a hash of its CUDA source. A GPU runs the kernels by the ops' own tests.
 import hashlib
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,13 @@ KERNELS = (
     ("attention", (4, 2, 40, 3), ()),
 )
 GPU_ROWS = [row for row in TARGETS.values() if isinstance(row, GpuTarget) and len(row.archs) == 1]
-RUN = ("cuda-sm80", "cuda-sm90")  # down to machine code; the others to PTX
 
 
 def label(folder: str, args: tuple, end: tuple) -> str:
     return f"{folder}({', '.join(map(str, (*args, *end)))})"
 
 
+@cache
 def source(target: GpuTarget) -> str:
     """CUDA source of all kernels; function i is that of KERNELS[i]."""
     funcs = {}
@@ -92,11 +93,12 @@ def test_kernels_are_those_of_the_golden_file():
     assert described() == GOLDEN.read_text()
 
 
-@pytest.mark.parametrize("target", GPU_ROWS, ids=lambda row: row.name)
-def test_compiles(target):
-    archs = target.archs
-    if target.name not in RUN:
-        archs = (archs[0].replace("sm_", "compute_"),)
+@pytest.mark.parametrize("family", family_rows())
+def test_compiles(family):
+    """To machine code for the family's first row, to PTX for the archs of the others."""
+    target = family_rows()[family]
+    others = [row.archs[0] for row in GPU_ROWS if row.families == target.families]
+    archs = [*(arch.replace("sm_", "compute_") for arch in others[1:]), *target.archs]
     assert nvcc.compile_fat(source(target), archs, nvcc.find_nvcc(target))
 
 
