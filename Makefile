@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-all lint format clean
 
 setup: $(READY)
 
@@ -19,6 +19,9 @@ demo: setup  ## build the shipped model for this machine's CPU and print English
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+test-all: setup  ## every case of the kernels of every machine, the emulated ones too
+	$(BIN)/python -m pytest -n 2 --every-case
 
 lint: setup
 	$(BIN)/ruff format --check .
