@@ -41,8 +41,10 @@ class Engine:
         self._device = cache.device
         self._module = artifact.open_library(self._device)
         self._functions = {name: self._function(name) for name in ("prefill", "decode")}
-        if sample := tvm_runtime.function_or_none(self._module, "sample"):
-            self._functions["sample"] = sample
+        optional = {"sample": "sample", "decode_sparsity": f"decode_sparsity_kv{self.kv_bits}"}
+        for name, full_name in optional.items():
+            if function := tvm_runtime.function_or_none(self._module, full_name):
+                self._functions[name] = function
         self._parameters = artifact.parameters(self._device)
         tvm_runtime.use_threads(threads)
 
@@ -194,10 +196,6 @@ class Engine:
         like `decode`: it writes the cache.
         """
         if "decode_sparsity" not in self._functions:
-            full_name = f"decode_sparsity_kv{self.kv_bits}"
-            found = tvm_runtime.function_or_none(self._module, full_name)
-            self._functions["decode_sparsity"] = found
-        if self._functions["decode_sparsity"] is None:
             return None
         checked = self._check_rows(tokens, slots, positions)
         return self._call("decode_sparsity", *checked).copy()

@@ -40,9 +40,8 @@ def missing_cpu_flags(needed: list[str]) -> list[str]:
 
 
 def machine() -> str:
-    """The architecture's name, as Linux has it: 'x86_64', 'aarch64'."""
-    found = platform.machine() or "unknown"
-    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(found, found)
+    """The architecture's name, such as 'x86_64'; schedules/targets.py asks for the same."""
+    return platform.machine() or "unknown"
 
 
 def usable_cpus() -> int:

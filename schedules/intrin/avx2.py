@@ -7,36 +7,13 @@ treats apart. https://www.intel.com/content/www/us/en/docs/intrinsics-guide
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-
-def load(buffer, *index: Expr | int, lanes: int) -> Expr:
-    """`lanes` elements from `index` on; aligned only as far as the index is seen to be."""
-    last = index[-1] if lanes == 1 else T.ramp(index[-1], 1, lanes)
-    return buffer[(*index[:-1], last)]
-
-
-def like(dtype: str, lanes: int) -> str:
-    """The dtype of `lanes` elements."""
-    return dtype if lanes == 1 else f"{dtype}x{lanes}"
-
-
-def store(buffer, *index: Expr | int, value: Expr, lanes: int) -> None:
-    last = index[-1] if lanes == 1 else T.ramp(index[-1], 1, lanes)
-    T.buffer_store(buffer, value, [*index[:-1], last])
-
-
-def add(buffer, *index: Expr | int, value: Expr, lanes: int) -> None:
-    store(buffer, *index, value=load(buffer, *index, lanes=lanes) + value, lanes=lanes)
-
-
-def clear(buffer, count: int, dtype: str, lanes: int) -> None:
-    """buffer[:count, :lanes] = 0, unrolled."""
-    for i in range(count):
-        store(buffer, i, 0, value=T.broadcast(T.cast(T.int32(0), dtype), lanes), lanes=lanes)
-
-
-def constant(dtype: str, values: list[int]) -> Expr:
-    """A vector of constants."""
-    return T.Shuffle([T.cast(T.int32(v), dtype) for v in values], list(range(len(values))))
+# What is the same on any machine, under one name with the instructions
+from schedules.intrin.lanes import add as add
+from schedules.intrin.lanes import clear as clear
+from schedules.intrin.lanes import constant as constant
+from schedules.intrin.lanes import like as like
+from schedules.intrin.lanes import load as load
+from schedules.intrin.lanes import store as store
 
 
 def lookup(table: Expr, index: Expr) -> Expr:

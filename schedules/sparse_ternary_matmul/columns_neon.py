@@ -45,12 +45,16 @@ KNOBS = {
 WIDE = 4  # rows from which tiles pay, where enough columns are active
 
 
+def layout() -> str:
+    return "columns_2bit"
+
+
 def kernel(
     n: int,
     k: int,
     target: CpuTarget,
-    form: Form,
     *,
+    form: Form,
     most_eighths: int = 6,
     batch_sixteenths: int = 4,
     stripe: int = 2,
