@@ -22,7 +22,7 @@ from schedules.ternary_matmul.amx import ACTIVATIONS, CODES, HEIGHT, SUMS
 from schedules.ternary_matmul.avx512vnni import tile_height
 
 TILED_ROWS = amx.ROWS
-KNOBS = avx512vnni.KNOBS
+KNOBS = avx512vnni.WALK_KNOBS
 
 
 def layout() -> str:
@@ -56,9 +56,10 @@ def tile_rows(output, q, w, rows, first, blocks, k: int, tile_m: int, multiply):
     amx.release()
 
 
-def kernel(n: int, k: int, target: CpuTarget, *, ahead: int = 2) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget, *, ahead: int = 2, most_eighths: int = 6) -> PrimFunc:
     def is_tiled(rows, active):
         return rows >= TILED_ROWS
 
     tile_m = tile_height(k, HEIGHT, target)
-    return avx512vnni.build(n, k, tile_m, is_tiled, tile_rows, multiply, ahead)
+    most = -(-k * most_eighths // 8)
+    return avx512vnni.build(n, k, tile_m, is_tiled, tile_rows, multiply, ahead, most)

@@ -20,8 +20,8 @@ ternary_matmul/avx512vnni.py. The layout orders bytes so that quads come out in 
 
     tile         | value        | bound by
     AHEAD        | 2            | groups that cover the latency of memory: knob
-    MOST_ACTIVE  | 3/4          | reading on beats following the list
-    BATCH_ACTIVE | 1/4          | of M K: from here on rows are tiled
+    most         | 6/8 of K     | reading on beats following the list: knob
+    batch        | 4/16 of M K  | active from here on: rows are tiled: knob
     TILE_M       | of l2_bytes  | rows of q in half of L2
 
 |sum| <= 64 * 2 * 128 K: 32 bits hold it for K < 2**17.
@@ -53,12 +53,17 @@ FIELDS = 4
 LANES = 16  # outputs of a register of sums
 GROUPS = BLOCK // LANES  # registers of sums of a block, by [field][quarter]
 COLUMNS = 8  # that a walk takes at once
-MOST_ACTIVE = 3, 4  # of K: from here on a row walks every column
-BATCH_ACTIVE = 1, 4  # of M K: from here on rows are tiled
 TILED_ROWS = 8  # as few as these are walked
 ROWS = 6  # rows of a tile that share codes in registers
 SLAB = 16  # groups of 16 quads whose codes lie in L2
-KNOBS = {"ahead": (2, 1, 4, 0)}
+WALK_KNOBS = {
+    "ahead": (2, 1, 4, 0),
+    "most_eighths": (6, 4, 8),  # of K: from here on a row walks every column
+}
+KNOBS = {
+    **WALK_KNOBS,
+    "batch_sixteenths": (4, 1, 8, 16),  # of M K: from here on rows are tiled
+}
 # (sums, codes, qs, height, first group of the slab, groups in it) adds a slab's products
 Multiply = Callable[..., None]
 
@@ -209,9 +214,8 @@ def tile_rows(
                 finish(output, sums, r, totals[r], m + r, first + b)
 
 
-def walk_rows(output, q, w, index, count, rows, first, blocks, k: int, ahead: int):
-    """Row by row of q, for `blocks` blocks from `first` on"""
-    most = -(-k * MOST_ACTIVE[0] // MOST_ACTIVE[1])
+def walk_rows(output, q, w, index, count, rows, first, blocks, k: int, ahead: int, most: int):
+    """Row by row of q, for `blocks` blocks from `first` on; all columns of a row with `most`"""
     room = -(-k // COLUMNS) * COLUMNS + ahead * COLUMNS
     column = T.alloc_buffer((room,), "int32")
     qs = T.alloc_buffer((1, room), "int8")
@@ -229,14 +233,25 @@ def walk_rows(output, q, w, index, count, rows, first, blocks, k: int, ahead: in
             finish(output, sums, b, total[0], m, first + b)
 
 
-def kernel(n: int, k: int, target: CpuTarget, *, ahead: int = 2) -> PrimFunc:
+def kernel(
+    n: int,
+    k: int,
+    target: CpuTarget,
+    *,
+    ahead: int = 2,
+    most_eighths: int = 6,
+    batch_sixteenths: int = 4,
+) -> PrimFunc:
     def is_tiled(rows, active):
-        return T.And(rows >= TILED_ROWS, active * BATCH_ACTIVE[1] >= rows * k * BATCH_ACTIVE[0])
+        return T.And(rows >= TILED_ROWS, active * 16 >= rows * k * batch_sixteenths)
 
-    return build(n, k, tile_height(k, ROWS, target), is_tiled, tile_rows, multiply, ahead)
+    tile_m, most = tile_height(k, ROWS, target), -(-k * most_eighths // 8)
+    return build(n, k, tile_m, is_tiled, tile_rows, multiply, ahead, most)
 
 
-def build(n: int, k: int, tile_m: int, is_tiled, tile_rows, multiply: Multiply, ahead: int):
+def build(
+    n: int, k: int, tile_m: int, is_tiled, tile_rows, multiply: Multiply, ahead: int, most: int
+):
     """The kernel, tiled where is_tiled(M, active columns of all rows) says so."""
     end = EPILOGUES["residual"]
     blocks = -(-n // BLOCK)
@@ -267,6 +282,6 @@ def build(n: int, k: int, tile_m: int, is_tiled, tile_rows, multiply: Multiply, 
                 if is_tiled(rows, active):
                     tile_rows(output, q, w, height, first, share, k, tile_m, multiply)
                 else:
-                    walk_rows(output, q, w, index, count, height, first, share, k, ahead)
+                    walk_rows(output, q, w, index, count, height, first, share, k, ahead, most)
 
     return end.finish(sparse_ternary_matmul)

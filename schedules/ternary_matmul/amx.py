@@ -7,13 +7,15 @@
             for b in share:
                 codes[K/64, 4, 16, 64] = 3 << 2f masks of w[b]     64 K bytes, within L2
                 for rows of the tile by 32, fields by 2:           four tiles of sums
-                    for kk in K/64:                     two tiles of q, two of codes
+                    for kk in K/64:                     two tiles of q, two of codes; those of
+                                                        TILES_AHEAD steps on are prefetched to L1
                         sums[i, f] += tiles[i, kk] * codes[kk, f]  four tdpbsud, 64 cycles
                     sums32[32, 64] = the tiles                     L1, then the epilogue
 
-    tile    | value       | bound by
-    32 x 32 | 2 x 2       | 8 tiles: 4 sums, 2 of q, 2 of codes
-    TILE_M  | of l2_bytes | rows of q in half of L2
+    tile        | value       | bound by
+    32 x 32     | 2 x 2       | 8 tiles: 4 sums, 2 of q, 2 of codes
+    TILE_M      | of l2_bytes | rows of q in half of L2: knob, in eighths
+    TILES_AHEAD | 0           | 64 lines a step of 64 cycles: knob
 
 A quad of columns of 16 outputs is a row of a tile as the layout stores it: unpacking is a mask.
 Measured: Sapphire Rapids class Xeon, 2 cores, busy, 2026-11-22, best of 7 interleaved runs, 128
@@ -33,7 +35,7 @@ from schedules.ternary_matmul import avx512vnni
 from schedules.ternary_matmul.avx512vnni import BLOCK, FIELDS, copy_row, many_rows, one_row, sum_row
 
 HEIGHT = 2 * amx.ROWS  # rows of q at once
-KNOBS = avx512vnni.KNOBS
+KNOBS = {**avx512vnni.KNOBS, "l2_eighths": (4, 2, 6), "tiles_ahead": (0, 1, 2)}
 SUMS, ACTIVATIONS, CODES = (0, 1, 2, 3), (4, 5), (6, 7)  # numbers of tiles
 
 
@@ -70,11 +72,16 @@ def clear(sums32):
         avx2.store(sums32, r, 16 * v, value=T.broadcast(T.int32(0), 16), lanes=16)
 
 
-def multiply(sums32, codes, tiles, r0, fields: int):
+def multiply(sums32, codes, tiles, r0, fields: int, ahead: int):
     """sums32[:32, 16 fields :][:32] = two tiles of rows from r0 on times two fields"""
     for tile in SUMS:
         amx.clear(tile)
     with T.serial(codes.shape[0]) as kk:
+        if ahead:
+            for row in range(amx.ROWS):
+                for i in range(2):
+                    avx2.prefetch(tiles, r0 + i, kk + ahead, row, 0)
+                    avx2.prefetch(codes, kk + ahead, fields + i, row, 0)
         for i, tile in enumerate(ACTIVATIONS):
             amx.load(tile, tiles, r0 + i, kk, 0, 0, row_bytes=amx.ROW_BYTES)
         for j, tile in enumerate(CODES):
@@ -86,12 +93,12 @@ def multiply(sums32, codes, tiles, r0, fields: int):
         amx.store(tile, sums32, amx.ROWS * (at // 2), column, row_bytes=4 * BLOCK)
 
 
-def tile_block(output, codes, sums32, tiles, totals, m, height, b):
+def tile_block(output, codes, sums32, tiles, totals, m, height, b, ahead: int):
     """out[m : m + height] of block b, whose codes are unpacked"""
     with T.serial(T.ceildiv(height, HEIGHT)) as r0:
         r = r0 * HEIGHT
         for fields in range(0, FIELDS, 2):
-            multiply(sums32, codes, tiles, 2 * r0, fields)
+            multiply(sums32, codes, tiles, 2 * r0, fields, ahead)
         with T.serial(T.min(height - r, HEIGHT)) as i:
 
             def finished(column, lanes):
@@ -113,10 +120,13 @@ def kernel(
     streams: int = 4,
     prefetch: int = 2048,
     rows: int = 6,
+    blocks_a_task: int = 1,
+    l2_eighths: int = 4,
+    tiles_ahead: int = 0,
 ) -> PrimFunc:
     end = EPILOGUES[epilogue]
     blocks, quads = -(-n // BLOCK), num_quads(k)
-    tile_m = avx512vnni.tile_height(k, HEIGHT, target)
+    tile_m = avx512vnni.tile_height(k, HEIGHT, target, l2_eighths)
     num_rows = Var("M", "int64")
 
     @T.prim_func(s_tir=True)
@@ -133,7 +143,7 @@ def kernel(
         with T.sblock("root"):
             if num_rows >= amx.ROWS:
                 amx.request()
-            tasks = T.min(threads.count(), blocks)
+            tasks = T.min(threads.count(), -(-blocks // blocks_a_task))
             for task in T.parallel(tasks):
                 first = threads.share(blocks, task, tasks)
                 share = threads.share(blocks, task + 1, tasks) - first
@@ -161,7 +171,10 @@ def kernel(
                         copy_tiles(tiles, totals, row, q, m, height, k)
                         for b in T.serial(share):
                             unpack(codes, w, first + b)
-                            tile_block(output, codes, sums32, tiles, totals, m, height, first + b)
+                            tile_block(
+                                output, codes, sums32, tiles, totals, m, height, first + b,
+                                tiles_ahead,
+                            )  # fmt: skip
                         amx.release()
 
     return end.finish(ternary_matmul)

@@ -18,6 +18,7 @@ an int32. No shift is needed: the sum is shifted right by 2f at the end, and sum
     PREFETCH | 2048          | bytes ahead in a stream, over the end of a page: knob
     ROWS     | 6             | 32 registers: 24 sums, 4 codes, weights: knob
     TILE_M   | of l2_bytes   | rows of q in half of L2
+    task     | 1 block       | the least that is worth waking a thread for: knob
 
 |sum| <= 64 * 2 * 128 K: 32 bits hold it for K < 2**17.
 Measured: Sapphire Rapids class Xeon, 2 cores, 2026-11-22, best of 7 or 9 interleaved runs, cold,
@@ -38,7 +39,12 @@ from schedules.targets import CpuTarget
 BLOCK = 64  # outputs in a block of the layout
 FIELDS = 4
 GROUP = BLOCK // FIELDS  # outputs of a field
-KNOBS = {"streams": (4, 2, 1), "prefetch": (2048, 0, 4096), "rows": (6, 4, 2)}
+KNOBS = {
+    "streams": (4, 2, 1),
+    "prefetch": (2048, 0, 4096),
+    "rows": (6, 4, 2),
+    "blocks_a_task": (1, 8, 64),
+}
 
 
 def layout(act_bits: int) -> str:
@@ -142,9 +148,10 @@ def many_rows(output, w, qs, totals, m, height, b, rows: int):
             tile(output, w, qs, totals, m, b, 0, 1, height // rows * rows + i, 1, 0)
 
 
-def tile_height(k: int, multiple: int, target: CpuTarget) -> int:
-    """Rows of q that half of L2 holds."""
-    return max(multiple, target.l2_bytes // 2 // (4 * num_quads(k)) // multiple * multiple)
+def tile_height(k: int, multiple: int, target: CpuTarget, l2_eighths: int = 4) -> int:
+    """Rows of q that these eighths of L2 hold."""
+    near_bytes = target.l2_bytes * l2_eighths // 8
+    return max(multiple, near_bytes // (4 * num_quads(k)) // multiple * multiple)
 
 
 def kernel(
@@ -157,6 +164,7 @@ def kernel(
     streams: int = 4,
     prefetch: int = 2048,
     rows: int = 6,
+    blocks_a_task: int = 1,
 ) -> PrimFunc:
     end = EPILOGUES[epilogue]
     blocks, quads = -(-n // BLOCK), num_quads(k)
@@ -175,7 +183,7 @@ def kernel(
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
         with T.sblock("root"):
-            tasks = T.min(threads.count(), blocks)
+            tasks = T.min(threads.count(), -(-blocks // blocks_a_task))
             for task in T.parallel(tasks):
                 first = threads.share(blocks, task, tasks)
                 share = threads.share(blocks, task + 1, tasks) - first
