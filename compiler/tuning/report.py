@@ -25,9 +25,9 @@ from compiler.kernels import Choice, KernelTable
 from compiler.records import describe
 from compiler.tuning import baseline, store
 from compiler.tuning.candidates import UNPACKED, Builder
+from compiler.tuning.case_files import add_weights, make_files
 from compiler.tuning.lookup import Lookup
 from compiler.tuning.pool import Worker
-from compiler.tuning.session import add_weights, costs, make_files
 from compiler.tuning.statistics import Gain, gain, spread
 from compiler.tuning.tasks import Task
 
@@ -50,7 +50,7 @@ class Row:
     transfers: dict[str, dict[int, list[float]]] = field(default_factory=dict)  # by shape
 
     def gain(self, weigh: str) -> Gain:
-        return gain(costs(self.task, self.default, weigh), costs(self.task, self.tuned, weigh))
+        return gain(self.task.costs(self.default, weigh), self.task.costs(self.tuned, weigh))
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,9 @@ def transfers(rows: Sequence[Row], weigh: str) -> list[str]:
         "|---|---|---|---|",
     ]
     for row in rows:
-        base = costs(row.task, row.default, weigh)
+        base = row.task.costs(row.default, weigh)
         found = [
-            f"{shape}: {gain(base, costs(row.task, times, weigh))}"
+            f"{shape}: {gain(base, row.task.costs(times, weigh))}"
             for shape, times in row.transfers.items()
         ]
         if found:

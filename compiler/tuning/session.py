@@ -19,25 +19,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 from tvm.s_tir import meta_schedule as ms
 
 from compiler.config import BuildError
 from compiler.kernels import Choice
-from compiler.tuning import inputs, space, store
-from compiler.tuning.candidates import UNPACKED, Builder, Candidate
+from compiler.tuning import space, store
+from compiler.tuning.candidates import Builder, Candidate
+from compiler.tuning.case_files import add_weights, make_files
 from compiler.tuning.pool import RunError, Worker, spread
+from compiler.tuning.recall import recall
 from compiler.tuning.search import Search, make_model
 from compiler.tuning.statistics import Gain, gain
-from compiler.tuning.tasks import Task
+from compiler.tuning.tasks import Task, Times, allot
 
 BATCH = 8
 ROUNDS, FINAL_ROUNDS = 9, 41
 ROUND_SECONDS, FINAL_SECONDS = 6.0, 20.0  # of a race; slow kernels get fewer rounds
 CHECK_LIMIT, RACE_LIMIT = 30.0, 120.0  # seconds until a candidate counts as hanging
 FINALISTS = 3
-
-Times = Mapping[int, Sequence[float]]  # rows -> seconds, one a round
 
 
 @dataclass
@@ -245,15 +244,16 @@ class Session:
             if found:
                 own, default = found
                 weigh = self._settings.weigh
-                cost = median(costs(progress.task, own, weigh)) / median(
-                    costs(progress.task, default, weigh)
+                cost = median(progress.task.costs(own, weigh)) / median(
+                    progress.task.costs(default, weigh)
                 )
                 tuned.cost[choice] = cost
                 progress.best = min(progress.best, cost)
             else:
                 progress.failed += 1
             learnt.append((choice, tuned.cost.get(choice)))
-            records += self._records(tuned, choice, own, {"result": result})
+            share = tuned.cost.get(choice) if own else None
+            records += self._records(tuned, choice, own, {"result": result}, share)
             progress.trials += 1
         self._writer.add(self._workload(tuned), records)
         tuned.search.learn(learnt)
@@ -275,7 +275,7 @@ class Session:
         except RunError:  # of one that ran before: none of them is to be trusted
             finalists = finalists[:1]
             times = self._race(self._workers[0], tuned, finalists, self._settings.final_rounds)
-        totals = [costs(task, found, weigh) for found in times]
+        totals = [task.costs(found, weigh) for found in times]
         gains = [gain(totals[0], total) for total in totals]
         winner = max(range(len(gains)), key=lambda i: (gains[i].is_real, gains[i].ratio))
         if not gains[winner].is_real:
@@ -293,36 +293,23 @@ class Session:
         progress, task = tuned.progress, tuned.progress.task
         default = tuned.default.version.split("-")[0]
         known = [r for r in self._known if r.key == task.key and r.version.startswith(default)]
-        searched: dict[Choice, dict[int, Sequence[float]]] = {}
-        failed = {r.choice for r in known if r.result != store.OK}
-        for record in known:
-            if record.result == store.OK:
-                searched.setdefault(record.choice, {})[record.rows] = record.seconds
-        reference = searched.pop(task.default, None) or progress.default
-        assert reference
-        rows = set(task.rows(self._settings.weigh))
-        for choice, times in searched.items():
-            if rows <= times.keys() & reference.keys():
-                base = median(costs(task, reference, self._settings.weigh))
-                tuned.cost[choice] = median(costs(task, times, self._settings.weigh)) / base
-        tuned.search.skip([*tuned.cost, *failed])
-        tuned.search.learn([*tuned.cost.items(), *((choice, None) for choice in failed)])
-        progress.trials, progress.failed = len(tuned.cost | dict.fromkeys(failed)), len(failed)
-        progress.best = min([1.0, *tuned.cost.values()])
-        last = max((r.race for r in known if r.chosen), default=0)
-        race: dict[Choice, dict[int, Sequence[float]]] = {}
-        for record in known:
-            if last and record.race == last:
-                race.setdefault(record.choice, {})[record.rows] = record.seconds
-                if record.chosen:
-                    winner = record.choice
-        if race and all(rows <= times.keys() for times in race.values()):
-            weigh, progress.chosen = self._settings.weigh, winner
-            progress.result = gain(
-                costs(task, race[task.default], weigh), costs(task, race[winner], weigh)
-            )
+        found = recall(task, known, self._settings.weigh)
+        tuned.cost |= found.shares
+        learnt = [*found.shares.items(), *((choice, None) for choice in found.failed)]
+        tuned.search.skip([choice for choice, _ in learnt])
+        tuned.search.learn(learnt)
+        progress.trials, progress.failed = len(learnt), len(found.failed)
+        progress.best = min([1.0, *found.shares.values()])
+        progress.chosen, progress.result = found.chosen, found.result
 
-    def _records(self, tuned: Tuned, choice: Choice, times: Times | None, facts: dict) -> list:
+    def _records(
+        self,
+        tuned: Tuned,
+        choice: Choice,
+        times: Times | None,
+        facts: dict,
+        share: float | None = None,
+    ) -> list:
         """MetaSchedule's records of one candidate, one a number of rows."""
         task, module = tuned.progress.task, tuned.builder.workload
         facts = {
@@ -332,6 +319,7 @@ class Session:
             "result": store.OK,
             "race": 0,
             "chosen": 0,
+            "share": f"{share:.4f}" if share else "",
         } | facts
         schedule = space.schedule_of(module, task.folder, choice)
         space.annotate(schedule, facts)
@@ -382,52 +370,3 @@ class Session:
         libraries = [(candidate.library, candidate.layout) for candidate in candidates]
         rows = tuned.progress.task.rows(self._settings.weigh)
         return worker.race(libraries, rows, rounds, seconds, self._settings.race_limit + seconds)
-
-
-def costs(task: Task, times: Times, weigh: str) -> list[float]:
-    """Seconds in the mix by each round's times."""
-    rounds = zip(*(times[rows] for rows in task.rows(weigh)), strict=True)
-    return [
-        task.seconds(
-            {r: 0.0 for r in task.calls} | dict(zip(task.rows(weigh), one, strict=True)), weigh
-        )
-        for one in rounds
-    ]
-
-
-def allot(trials: int, weights: Mapping[tuple, float], room: Mapping[tuple, int]) -> dict:
-    """Trials in proportion to weights, none above its room; what that leaves goes to the others."""
-    given = dict.fromkeys(weights, 0)
-    while (left := trials - sum(given.values())) > 0:
-        open_ = [key for key in weights if given[key] < room[key]]
-        if not open_:
-            break
-        total = sum(weights[key] for key in open_)
-        for key in sorted(open_, key=lambda key: weights[key], reverse=True):
-            share = max(1, int(left * weights[key] / total))
-            given[key] += min(share, room[key] - given[key], trials - sum(given.values()))
-    return given
-
-
-def make_files(task: Task, folder: Path, weigh: str, cold_bytes: int) -> dict:
-    """Cases at the rows that are timed, and at those that are only checked, for worker.py."""
-    rng = np.random.default_rng(0)
-    w = inputs.make_weights(task.op.name, task.sizes, rng)
-    np.save(folder / "w.npy", w)
-    cases = {}
-    for rows in [*task.rows(weigh), inputs.CHECK_ROWS]:
-        cases[rows] = folder / f"rows{rows}.npz"
-        case = inputs.make_case(task.op.name, task.sizes, rows, task.active, w, rng)
-        inputs.save_case(cases[rows], case)
-    return {"cases": cases, "weights": {}, "cold_bytes": cold_bytes, "unpacked": folder / "w.npy"}
-
-
-def add_weights(files: dict, candidate: Candidate) -> bool:
-    """Pack the weights as a candidate reads them; whether that was new."""
-    if candidate.layout in files["weights"]:
-        return False
-    path = files["unpacked"].with_name(f"{candidate.layout}.npy")
-    layout = None if candidate.layout == UNPACKED else candidate.layout
-    inputs.save_weights(path, np.load(files["unpacked"]), layout)
-    files["weights"][candidate.layout] = path
-    return True

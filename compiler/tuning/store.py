@@ -48,6 +48,7 @@ class Record:
     version: str  # kernels.version_of what was compared
     race: int  # Unix time of the final comparison it ran in; 0: of the search
     chosen: bool  # won that comparison, at every number of rows together
+    share: float | None  # in the search: of the default's time in the same rounds, all rows
     workload: int  # the workload's line
     line: str
 
@@ -131,6 +132,7 @@ def parse(line: str) -> Record:
         version=facts["version"],
         race=int(facts["race"]),
         chosen=bool(facts["chosen"]),
+        share=float(facts["share"]) if facts.get("share") else None,
         workload=int(workload),
         line=line,
     )

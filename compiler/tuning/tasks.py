@@ -8,7 +8,7 @@ needs for its last row alone, at 1). The weight of a task is the time that its c
     both     a prompt and as many steps     (the same number of tokens read and written)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tvm import relax
@@ -22,6 +22,8 @@ from compiler.tuning import space
 from compiler.tuning.inputs import MAKERS
 from model.config import ModelConfig
 from schedules.targets import TargetSpec
+
+Times = Mapping[int, Sequence[float]]  # rows -> seconds, one a round
 
 PROMPT_ROWS = 128
 STEPS = {"decode": (1, 0), "prefill": (0, 1), "both": (PROMPT_ROWS, 1)}  # steps, prompts
@@ -81,6 +83,12 @@ class Task:
             rows for rows in self.calls if self.seconds({r: r == rows for r in self.calls}, weigh)
         )
 
+    def costs(self, times: Times, weigh: str) -> list[float]:
+        """Seconds in the mix by each round's times."""
+        wanted, unused = self.rows(weigh), dict.fromkeys(self.calls, 0.0)
+        rounds = zip(*(times[rows] for rows in wanted), strict=True)
+        return [self.seconds(unused | dict(zip(wanted, one, strict=True)), weigh) for one in rounds]
+
 
 def extract(config: ModelConfig, target: TargetSpec) -> list[Task]:
     """The tasks of a model, in the order of a step; ops that nothing can be chosen of are none."""
@@ -104,6 +112,20 @@ def extract(config: ModelConfig, target: TargetSpec) -> list[Task]:
             rows = PROMPT_ROWS if place and not is_wanted else 1
             task.calls.setdefault(rows, [0, 0])[place] += 1
     return list(tasks.values())
+
+
+def allot(trials: int, weights: Mapping[tuple, float], room: Mapping[tuple, int]) -> dict:
+    """Trials in proportion to weights, none above its room; what that leaves goes to the others."""
+    given = dict.fromkeys(weights, 0)
+    while (left := trials - sum(given.values())) > 0:
+        open_ = [key for key in weights if given[key] < room[key]]
+        if not open_:
+            break
+        total = sum(weights[key] for key in open_)
+        for key in sorted(open_, key=lambda key: weights[key], reverse=True):
+            share = max(1, int(left * weights[key] / total))
+            given[key] += min(share, room[key] - given[key], trials - sum(given.values()))
+    return given
 
 
 def dialect_calls(function: relax.Function):

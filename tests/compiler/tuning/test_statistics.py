@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from compiler.tuning.session import allot
 from compiler.tuning.statistics import gain, rank, spread
+from compiler.tuning.tasks import allot
 
 
 def test_rank_against_the_binomial_table():
