@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import tvm
 import tvm_ffi
 
 from compiler.config import BuildError
@@ -71,6 +72,12 @@ def to_binary(text: str) -> bytes:
     return base64.b64decode(text.removeprefix(PREFIX))
 
 
+def uncompacted() -> tvm.transform.PassContext:
+    """Kernels for GPUs allocate what they need; TVM's shrinking of buffers to what it sees accessed
+    is wrong where they are addressed by number, and takes a minute on a kernel of 400 accesses."""
+    return tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
+
+
 @contextmanager
 def compiling_for(target: GpuTarget, nvcc: str) -> Iterator[None]:
     """Within the block, TVM puts binaries where it would put sources.
@@ -85,7 +92,8 @@ def compiling_for(target: GpuTarget, nvcc: str) -> Iterator[None]:
     tvm_ffi.register_global_func(AT_BUILD, compile_source, override=True)
     tvm_ffi.register_global_func(AT_USE, to_binary, override=True)
     try:
-        yield
+        with uncompacted():
+            yield
     finally:
         tvm_ffi.remove_global_func(AT_BUILD)
         if before is not None:

@@ -26,6 +26,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
+from schedules.attention import prompt_cuda
 from schedules.attention.softmax import SMALLEST_UNIT
 from schedules.intrin import cuda
 from schedules.intrin.exp import nearest
@@ -327,6 +328,23 @@ def kernel(
         query.attend(T.bind(positions[m] + 1))
         query.finish(y, m, head * head_dim)
 
+    def launch(qkv, codes, words, scales, slots, positions, y):
+        with cuda.some_rows(rows):
+            with cuda.blocks(rows) as m, cuda.blocks(num_heads, "y") as head:
+                with cuda.threads(WARPS, "y") as warp, cuda.threads(cuda.WARP) as lane:
+                    attend(qkv, codes, scales, slots, positions, y, words, m, head, warp, lane)
+
+    def by_rows(*arrays):
+        prompt = prompt_cuda.Form(num_heads, num_kv_heads, head_dim, kv_bits)
+        if not prompt.is_possible:
+            launch(*arrays)
+            return
+        with T.If(rows < prompt_cuda.FEWEST):
+            with T.Then():
+                launch(*arrays)
+            with T.Else():
+                prompt_cuda.launch(prompt, *arrays, rows)
+
     @T.prim_func(s_tir=True)
     def attention(
         qkv: T.Buffer((rows, width), "float32"),
@@ -338,17 +356,11 @@ def kernel(
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         with T.sblock("root"):
+            T.reads()
+            T.writes()
             words = T.decl_buffer(
                 (num_slots, num_kv_heads, 2, size // 4), "uint32", data=codes.data
             )
-            with cuda.some_rows(rows):
-                with cuda.blocks(rows) as m:
-                    with cuda.blocks(num_heads, "y") as head:
-                        with cuda.threads(WARPS, "y") as warp:
-                            with cuda.threads(cuda.WARP) as lane:
-                                attend(
-                                    qkv, codes, scales, slots, positions, y, words,
-                                    m, head, warp, lane,
-                                )  # fmt: skip
+            by_rows(qkv, codes, words, scales, slots, positions, y)
 
     return attention

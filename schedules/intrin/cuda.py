@@ -61,6 +61,11 @@ def strided(count: int, t: Expr, num_threads: int) -> Iterator[Expr]:
                 yield i
 
 
+def unrolled(count: int):
+    """A loop that nvcc unrolls: TVM's simplifier takes minutes over long code of its own making."""
+    return T.unroll(count, annotations={"pragma_unroll_explicit": False})
+
+
 def threads_for(count: int, most: int) -> int:
     """Whole warps for `count` items, at most `most` threads."""
     return min(most, -(-count // WARP) * WARP)
@@ -225,6 +230,11 @@ def copy_16_bytes(destination: Expr, source: Expr, valid: Expr | int = 16) -> No
     ptx("cp.async.cg.shared.global", destination, source, 16, T.cast(valid, "uint32"))
 
 
+def copy_bytes(destination: Expr, source: Expr, size: int, valid: Expr) -> None:
+    """The same of 4, 8 or 16 bytes, through L1."""
+    ptx("cp.async.ca.shared.global", destination, source, size, T.cast(valid, "uint32"))
+
+
 def wait_for_copies(pending: int = 0) -> None:
     """All but the last `pending` groups of this thread's copies are done."""
     ptx("cp.async.wait_group", pending)
@@ -240,10 +250,12 @@ def load_matrices(registers: Buffer, first: int, address: Expr) -> None:
     ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *four, address)
 
 
-def multiply(acc: Buffer, first: int, a: Sequence[Expr], b: Sequence[Expr]) -> None:
-    """acc[first : first + 4] += a . b: 16 x 32 signed bytes times 32 x 8."""
+def multiply(
+    acc: Buffer, first: Expr | int, a: Sequence[Expr], b: Sequence[Expr], dtype: str = "s8"
+) -> None:
+    """acc[first : first + 4] += a . b: 16 x 32 bytes, signed or unsigned, times 32 x 8 signed."""
     c = [acc[first + i] for i in range(4)]
-    ptx("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", *c, *a, *b, *c)
+    ptx(f"mma.sync.aligned.m16n8k32.row.col.s32.{dtype}.s8.s32", *c, *a, *b, *c)
 
 
 def swizzled_matrix(address: Expr) -> Expr:

@@ -136,6 +136,32 @@ def kept_cache():
     return filled(SHAPES[0], 3, 130, np.random.default_rng(3))
 
 
+# Tiles of rows that share heads' keys: groups of 1, 3 (which leaves rows of a tile idle) and 5
+TILED = [(4, 1, 128), (2, 2, 128), (6, 2, 64), (5, 1, 64)]
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("kv_bits", [4, 3])
+@pytest.mark.parametrize("shape", TILED, ids=str)
+def test_prompts_of_several_slots(shape, kv_bits, target):
+    """Runs that begin and end within tiles, far apart in the context; a slot that comes again."""
+    rng = np.random.default_rng(9)
+    context = 300
+    cache = filled(shape, kv_bits, context, rng)
+    for runs in (
+        [(3, 0, 150)],
+        [(1, 200, 37)],
+        [(0, 5, 9), (2, 290, 10), (4, 63, 40), (1, 0, 1), (3, 299, 1), (0, 100, 30)],
+        [(slot, 130 + slot, 1) for slot in range(SLOTS)] + [(0, 200, 64), (2, 140, 13)],
+    ):
+        slots = np.concatenate([np.full(n, slot) for slot, _, n in runs])
+        positions = np.concatenate([np.arange(first, first + n) for _, first, n in runs])
+        check(shape, kv_bits, target, cache, slots, positions, rng)
+    positions = np.arange(40, 80)
+    for size in (1e-3, 50.0, 1e3):  # flat; sharp
+        check(shape, kv_bits, target, cache, [2] * 40, positions, rng, size=size)
+
+
 @EVERY_TARGET
 @KV_BITS
 def test_long_context(kv_bits, target):
@@ -144,6 +170,10 @@ def test_long_context(kv_bits, target):
     cache = filled(shape, kv_bits, context, rng)
     check(shape, kv_bits, target, cache, [1], [context - 1], rng)
     check(shape, kv_bits, target, cache, [4] * 5, np.arange(4090, 4095), rng)
+    if kv_bits < 16:
+        shape = TILED[0]
+        cache = filled(shape, kv_bits, context, rng)
+        check(shape, kv_bits, target, cache, [4] * 20, np.arange(4100, 4120), rng)
 
 
 @EVERY_TARGET
@@ -158,10 +188,11 @@ def test_sharp_and_flat_scores(target):
 @EVERY_TARGET
 @pytest.mark.parametrize("kv_bits", [4, 3])
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
-def test_largest_sums(kv_bits, signs, target):
+@pytest.mark.parametrize("shape", [(2, 1, 264), (2, 1, 128)], ids=str)
+def test_largest_sums(shape, kv_bits, signs, target):
     """Every level of the cache at an end of its range and every q8 at 127: narrow sums fill up."""
     rng = np.random.default_rng(7)
-    (heads, kv_heads, dim), context = (shape := (2, 1, 264)), 130
+    (heads, kv_heads, dim), context = shape, 130
     codes, scales = kv_reference.empty(kv_bits, SLOTS, context, kv_heads, dim)
     qkv = np.ones((context, heads + 2 * kv_heads, dim), F32)
     qkv[:, heads:] *= np.array(signs, F32)[:, None]
@@ -169,7 +200,7 @@ def test_largest_sums(kv_bits, signs, target):
     qkv = qkv.reshape(context, -1)
     where = slots, np.arange(context)
     kv_reference.append(codes, scales, qkv, *where, heads, kv_heads, kv_bits)
-    for m in (1, 5):
+    for m in (1, 5, 20):
         last = np.arange(context - m, context)
         check(shape, kv_bits, target, (codes, scales), slots[:m], last, rng, qkv=qkv[:m])
 

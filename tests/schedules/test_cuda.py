@@ -39,6 +39,7 @@ KERNELS = (
     *(("kv_append", (*HEADS, bits), ()) for bits in (16, 4, 3)),
     *(("attention", (*HEADS, bits), ()) for bits in (16, 4, 3)),
     ("attention", (4, 2, 40, 3), ()),
+    *(("attention", (8, 2, 128, bits), ()) for bits in (4, 3)),
 )
 GPU_ROWS = [row for row in TARGETS.values() if isinstance(row, GpuTarget) and len(row.archs) == 1]
 
@@ -55,7 +56,8 @@ def source(target: GpuTarget) -> str:
         schedule = Schedule(folder, default_choice(folder, target.families))
         func = schedule.kernel(*args, target, *end)
         funcs[f"op{i}"] = func.with_attr("global_symbol", f"op{i}")
-    built = tvm.compile(tvm.IRModule(funcs), target=target.to_tvm())
+    with nvcc.uncompacted():
+        built = tvm.compile(tvm.IRModule(funcs), target=target.to_tvm())
     return built.mod.imports[0].inspect_source()
 
 
