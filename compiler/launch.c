@@ -5,14 +5,16 @@
    is strong and hidden: the kernels bind to it and the loader does not find it.
 
        launch(body):   num_task = TVM_NUM_THREADS     read each time, as TVM does
-           open the gate of num_task - 1 workers      they run body(1), body(2), ...
+           open the gate of num_task - 1 workers      each claims its share: body(1), body(2), ...
            body(0)                                    in the caller
-           wait at the gate `done`
+           claim and run the shares that nobody has   of workers that are asleep or have no core
+           wait at the gate `done`                    for those that have begun
 
    Who waits at a gate spins for SPIN_NS, so that the many short loops of a step find the workers
-   awake, then sleeps. One pool a library, made by the first launch; a caller that finds it taken
-   (another thread's launch, or a loop within a loop) runs the whole loop itself. A forked child
-   has no workers and makes its own. Workers end before the library is unloaded.
+   awake, then lets other threads run where there are any, and after YIELD_NS sleeps. One pool a
+   library, made by the first launch; a caller that finds it taken (another thread's launch, or a
+   loop within a loop) runs the whole loop itself. A forked child has no workers and makes its own.
+   Workers end before the library is unloaded.
 
    Measured: docs/log.md, "launches". */
 
@@ -25,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_TASKS = 256, SPIN_NS = 50000, CACHE_LINE = 64, PAUSES = 16 };
+enum { MAX_TASKS = 256, SPIN_NS = 5000, YIELD_NS = 50000, CACHE_LINE = 64, PAUSES = 16 };
 
 /* TVM's c_backend_api.h: the body of a loop runs the share task_id of env->num_task. */
 typedef struct {
@@ -43,7 +45,7 @@ typedef struct {
 
 typedef struct {
   Gate gate;
-  unsigned passed; /* openings of the gate that the worker has seen */
+  atomic_uint claimed; /* openings whose share has been taken, by the worker or by the caller */
   int task_id;
   pthread_t thread;
 } Worker;
@@ -56,7 +58,7 @@ static struct {
   Body body;
   Env env;
   void *closure;
-  atomic_int running; /* workers that have not finished */
+  atomic_int running; /* shares but the caller's that have not finished */
   atomic_int failed;
   Gate done;
   Worker workers[MAX_TASKS - 1];
@@ -93,30 +95,45 @@ static void open_gate(Gate *gate) {
   }
 }
 
-/* Wait until the gate has been opened more than `passed` times. */
-static void pass_gate(Gate *gate, unsigned passed) {
+/* Wait until the gate has been opened more than `passed` times; returns how many times it has. */
+static unsigned pass_gate(Gate *gate, unsigned passed) {
+  unsigned opened;
   int64_t start = 0;
-  while (atomic_load_explicit(&gate->opened, memory_order_acquire) == passed) {
+  while ((opened = atomic_load_explicit(&gate->opened, memory_order_acquire)) == passed) {
     for (int i = 0; i < PAUSES; ++i) {
       relax_cpu();
-      if (atomic_load_explicit(&gate->opened, memory_order_acquire) != passed) return;
+      if (atomic_load_explicit(&gate->opened, memory_order_relaxed) != passed) break;
     }
     int64_t now = now_ns();
     if (!start) start = now;
     if (now - start < SPIN_NS) continue;
+    if (now - start < YIELD_NS) {
+      sched_yield();
+      continue;
+    }
     pthread_mutex_lock(&gate->mutex);
     atomic_fetch_add(&gate->sleepers, 1);
     while (atomic_load(&gate->opened) == passed) pthread_cond_wait(&gate->cond, &gate->mutex);
     atomic_fetch_sub(&gate->sleepers, 1);
     pthread_mutex_unlock(&gate->mutex);
   }
+  return opened;
+}
+
+/* Take the share of this opening of a worker's gate; one thread can. The launch does not end before
+   every share is taken and done, so that what the pool says of the loop holds for whoever has. */
+static int claim(Worker *worker, unsigned opening) {
+  unsigned before = opening - 1;
+  return atomic_compare_exchange_strong(&worker->claimed, &before, opening);
 }
 
 static void *work(void *argument) {
   Worker *self = argument;
-  for (;; ++self->passed) {
-    pass_gate(&self->gate, self->passed);
+  unsigned passed = 0;
+  for (;;) {
+    passed = pass_gate(&self->gate, passed);
     if (atomic_load(&pool.stop)) return NULL;
+    if (!claim(self, passed)) continue; /* the caller was quicker */
     if (pool.body(self->task_id, &pool.env, pool.closure)) atomic_store(&pool.failed, 1);
     if (atomic_fetch_sub(&pool.running, 1) == 1) open_gate(&pool.done);
   }
@@ -130,7 +147,7 @@ static void start_workers(int count) {
   while (pool.num_workers < count) {
     Worker *worker = &pool.workers[pool.num_workers];
     init_gate(&worker->gate);
-    worker->passed = 0;
+    atomic_store(&worker->claimed, 0);
     worker->task_id = pool.num_workers + 1;
     if (pthread_create(&worker->thread, NULL, work, worker)) break;
     ++pool.num_workers;
@@ -163,8 +180,14 @@ static int launch(Body body, void *closure, int num_task) {
   atomic_store(&pool.failed, 0);
   atomic_store(&pool.running, num_task - 1);
   for (int i = 0; i < num_task - 1; ++i) open_gate(&pool.workers[i].gate);
-  int failed = body(0, &pool.env, closure);
-  if (num_task > 1) pass_gate(&pool.done, passed);
+  int failed = body(0, &pool.env, closure), taken = 0;
+  for (int i = num_task - 2; i >= 0; --i) { /* the last to be called is the likeliest to be late */
+    Worker *worker = &pool.workers[i];
+    if (!claim(worker, atomic_load(&worker->gate.opened))) continue;
+    failed |= body(worker->task_id, &pool.env, closure);
+    ++taken;
+  }
+  if (atomic_fetch_sub(&pool.running, taken) != taken) pass_gate(&pool.done, passed);
   failed |= atomic_load(&pool.failed);
   pthread_mutex_unlock(&pool.taken);
   /* A worker's error is in the worker's thread: run the loop here to have it, or to succeed. */
