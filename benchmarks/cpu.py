@@ -32,6 +32,7 @@ STREAM_BYTES = 1 << 29
 COLD_BYTES = 300e6  # that the copies of a kernel's weights take: past every cache
 MOST_COPIES = 1000  # a graph of ggml holds 2048 nodes
 GEMM_TOKENS = (128, 512)
+HEAD_BITS = (8, 6, 4)
 ZEROS = (0.5, 0.84, 0.92)  # at down_proj: half, the paper's 7B, the shipped model's
 LAUNCHES = 2000
 DECODE_STEPS = 16
@@ -147,8 +148,10 @@ def measure_kernels(bench: Bench) -> None:
         floor = hidden * glu / 4 * (1 - zeros)
         bench.kernel("kernels", f"down_proj, {zeros:.0%} zeros", 1e-6, "M call", ask, floor)
     sizes = {"n": bench.shape["vocab_size"], "k": hidden, "m": 1, "copies": 2}
-    floor = sizes["n"] * hidden
-    bench.kernel("kernels", "head, INT8", 1e-6, "M call", {OURS: {"kind": "head", **sizes}}, floor)
+    for bits in HEAD_BITS:
+        ask = {OURS: {"kind": "head", "bits": bits, **sizes}}
+        floor = sizes["n"] * hidden * bits / 8
+        bench.kernel("kernels", f"head, {bits} bits", 1e-6, "M call", ask, floor)
     for ours in (True, False):
         ask = {OURS: {"kind": "launch", "is_launched_by_us": ours, "copies": LAUNCHES}}
         name = "launch" if ours else "launch by TVM's pool"

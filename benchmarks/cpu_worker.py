@@ -116,11 +116,19 @@ class Kernels:
         weights = self.weights(schedule.layout(), n, k, copies)
         return [partial(kernel, *tensors, w, w_scale, residual, out) for w in weights]
 
-    def head(self, n: int, k: int, m: int, copies: int):
-        kernel = self.link(self.schedule("int8_matmul").kernel(n, k, self.target))
-        table = aligned((copies, n, k), "int8")
-        table[:] = np.resize(np.random.default_rng(0).integers(-127, 128, (64, k)), (n, k))
-        q = np.random.default_rng(1).integers(-127, 128, (m, k)).astype(np.int8)
+    def head(self, n: int, k: int, m: int, copies: int, bits: int):
+        from model import grouped
+
+        folder, statics = ("int8_matmul", ()) if bits == 8 else ("grouped_matmul", (bits,))
+        kernel = self.link(self.schedule(folder).kernel(n, k, *statics, self.target))
+        rng = np.random.default_rng(0)
+        if bits == 8:
+            rows = rng.integers(-127, 128, (64, k), dtype=np.int8)
+        else:  # group scales above 0, whatever the codes
+            rows = rng.integers(1, 64, (64, grouped.row_bytes(k, bits)), dtype=np.uint8)
+        table = aligned((copies, n, rows.shape[1]), str(rows.dtype))
+        table[:] = np.resize(rows, (n, rows.shape[1]))
+        q = rng.integers(-127, 128, (m, k), dtype=np.int8)
         ones = np.ones(m, np.float32), np.ones(n, np.float32)
         q, scale, w_scale, out = self.tensors(q, *ones, np.zeros((m, n), np.float32))
         tables = [self.tvm.runtime.from_dlpack(copy) for copy in table]

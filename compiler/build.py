@@ -32,13 +32,15 @@ def build(config: BuildConfig, progress: BuildProgress | None = None) -> Path:
     if config.target == "cuda":
         progress.say(f"target cuda: {targets.why_cuda(target)}")
 
-    from compiler import toolchain
+    from compiler import head_bits, toolchain
     from model import checkpoint
+    from model.config import ModelConfig
 
     linker = toolchain.find_linker(target)
     toolchain.require_device_compiler(target)
     source = checkpoint.find(config.model)
-    weights = checkpoint.IntegerWeights(source)
+    model = ModelConfig.load(source)
+    weights = checkpoint.IntegerWeights(source, head_bits.choose(config.head_bits, model, target))
 
     if config.debug_dump:
         make_dump_directory(config.debug_dump)
@@ -91,6 +93,14 @@ def parse(argv: list[str] | None) -> BuildConfig:
     )
     parser.add_argument(
         "--debug-dump", type=Path, metavar="DIR", help="write the IR between the phases there"
+    )
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(8, 6, 4),
+        metavar="8|6|4",
+        help="bits of a weight of the head, and of the embedding where they are one table "
+        "(default: 6 where there are kernels for it, which is x86; else 8)",
     )
     parser.add_argument(
         "--records",

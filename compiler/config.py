@@ -17,4 +17,5 @@ class BuildConfig:
     target: str = "native"  # a row of schedules/targets.py, native, or cuda
     output: Path | None = None  # default: dist/<model>-<target>
     debug_dump: Path | None = None  # where the IR between phases is written
+    head_bits: int | None = None  # of the head's table; default: compiler/head_bits.py
     records: str | None = None  # tuning records to look into first, or NO_RECORDS

@@ -17,7 +17,10 @@ from tvm.sym import Analyzer
 
 Size: TypeAlias = tvm.ir.Expr  # a constant, or a symbol such as M
 
-DTYPES = {"f32": "float32", "f16": "float16", "i8": "int8", "i32": "int32", "i64": "int64"}
+DTYPES = {
+    **{"f32": "float32", "f16": "float16", "i8": "int8", "u8": "uint8"},
+    **{"i32": "int32", "i64": "int64"},
+}
 ANY = "any"  # a dtype that the operator's own check decides
 ANALYZER = Analyzer()
 

@@ -115,8 +115,16 @@ def parse(argv: list[str] | None) -> TuneConfig:
     return TuneConfig(**values | {"ops": tuple(values["ops"])})
 
 
-def find_config(config: TuneConfig) -> "ModelConfig":
-    """The shapes of the model: a shipped one's, a known configuration's, or a directory's."""
+def find_config(config: TuneConfig, target: "TargetSpec") -> "ModelConfig":
+    """The model as a build for the target has it."""
+    from compiler import head_bits
+
+    found = find_shapes(config)
+    return found.replace(head_bits=head_bits.choose(None, found, target))
+
+
+def find_shapes(config: TuneConfig) -> "ModelConfig":
+    """A shipped model's, a known configuration's, or a directory's."""
     from model.checkpoint import ZOO, zoo_models
     from model.config import MODELS, VARIANTS, ModelConfig
 
@@ -240,7 +248,7 @@ def tune(config: TuneConfig) -> Path:
         from compiler.tuning.session import Session, Settings
         from compiler.tuning.store import Writer
 
-        tasks = choose_tasks(config, find_config(config), site.target)
+        tasks = choose_tasks(config, find_config(config, site.target), site.target)
         writer = Writer(config.records or user_root(), site.target.name, site.machine)
         settings = Settings(
             config.trials,
@@ -267,7 +275,7 @@ def report(config: TuneConfig) -> Path:
         def say(line: str) -> None:
             print(line, file=sys.stderr)
 
-        model = find_config(config)
+        model = find_config(config, site.target)
         tasks = choose_tasks(config, model, site.target)
         roots = ((config.records,) if config.records else ()) + default_roots()
         lookup = Lookup(site.target, roots, site.machine)

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import packing, quantizers
+from model import grouped, packing, quantizers
 from model.config import ConfigError, ModelConfig
-from model.integer import IntegerModel, linear_shapes, rope_tables
+from model.integer import IntegerModel, linear_shapes, rope_tables, table_bits
 
 ZOO = Path(__file__).parent / "zoo"  # the models that ship
 WEIGHTS_NAME = "model.safetensors"
@@ -74,13 +74,15 @@ class IntegerWeights(Mapping[str, np.ndarray]):
 
     Ternary weights are i8[N, K] in {-1, 0, 1}; `*.scale` f32[N] multiplies the integer product.
     One tensor is in memory at a time. Raises CheckpointError for what is missing, truncated or of
-    another shape.
+    another shape. `head_bits` replaces those of config.json.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, head_bits: int | None = None) -> None:
         self.directory = Path(directory)
         try:
             self.config = ModelConfig.load(self.directory)
+            if head_bits is not None:
+                self.config = self.config.replace(head_bits=head_bits)
             raw = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
@@ -88,6 +90,7 @@ class IntegerWeights(Mapping[str, np.ndarray]):
         # BitLinear stores 1/mean|W| and divides; AutoBitLinear stores mean|W| and multiplies.
         self._scale_is_inverse = quantization.get("linear_class", "bitlinear") == "bitlinear"
         self._shards = self._open_shards()
+        self._grouped: dict[str, dict[str, Tensor]] = {}  # the table that was asked for last
         with torch.device("meta"):
             self._shapes = {
                 name: tuple(buffer.shape)
@@ -172,7 +175,10 @@ class IntegerWeights(Mapping[str, np.ndarray]):
         if name == "norm":
             return self._read("model.norm.weight").float()
         if head in ("embed", "head"):
-            return self._table("model.embed_tokens" if head == "embed" else "lm_head", leaf)
+            source = "model.embed_tokens" if head == "embed" else "lm_head"
+            if self.config.is_ternary and (bits := table_bits(self.config)[head]) in grouped.BITS:
+                return self._grouped_table(source, bits)[leaf]
+            return self._table(source, leaf)
         _, layer, rest = name.split(".", 2)
         prefix = f"model.layers.{layer}."
         if rest in _NORMS:
@@ -193,6 +199,16 @@ class IntegerWeights(Mapping[str, np.ndarray]):
             )
         codes, scale = quantizers.int8_absmax(weight)
         return codes if leaf == "table" else scale.reshape(-1)
+
+    def _grouped_table(self, source: str, bits: int) -> dict[str, Tensor]:
+        """Both tensors of a table of `model.grouped`, kept until the other one is asked for."""
+        if source not in self._grouped:
+            weight = self._read(f"{source}.weight")
+            if weight.dtype == torch.int8:
+                weight = weight * self._read(f"{source}.weight_scale").float().reshape(-1, 1)
+            codes, group, scale = grouped.quantize(weight, bits)
+            self._grouped = {source: {"table": grouped.pack(codes, group, bits), "scale": scale}}
+        return self._grouped[source]
 
     def _linear(self, source: str, linear: str, leaf: str) -> Tensor:
         """One projection's rows: its ternary weights, its float16 weights, or its scale a row."""
@@ -225,9 +241,9 @@ def _ternary_floats(weight: Tensor) -> Tensor:
     return codes
 
 
-def load_integer_model(directory: Path | str) -> IntegerModel:
+def load_integer_model(directory: Path | str, head_bits: int | None = None) -> IntegerModel:
     """The torch reference of a checkpoint, all weights in memory (1 byte a ternary weight)."""
-    weights = IntegerWeights(directory)
+    weights = IntegerWeights(directory, head_bits)
     model = IntegerModel(weights.config)
     for name, buffer in model.named_buffers():
         buffer.copy_(torch.from_numpy(weights[name]))

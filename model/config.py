@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from model import grouped
+
 VARIANTS = ("a4.8", "b1.58", "llama")
 ACTIVATION_FORMATS = ("int4", "fp4")
 KV_BITS = (16, 4, 3)
@@ -48,6 +50,7 @@ class ModelConfig:
     activation_format: str = "int4"  # of the hybrid stage of a4.8
     kv_bits: int = 16  # what the reference attends over; 3 keeps position 0 at 4 bit
     topk_fraction: float = 0.5  # share of the o_proj input that a4.8 keeps
+    head_bits: int = 8  # of the head's table, and of the embedding's where it is tied to it
     bos_token_id: int = 1
     eos_token_id: int = 2
 
@@ -64,6 +67,7 @@ class ModelConfig:
         self._require_one_of("activation_format", ACTIVATION_FORMATS)
         self._require_one_of("kv_bits", KV_BITS)
         self._check_sizes()
+        self._check_head()
 
     def _check_types(self) -> None:
         wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -103,6 +107,13 @@ class ModelConfig:
                 0 <= value < self.vocab_size,
                 f"{field_name} must be below vocab_size {self.vocab_size}, found {value!r}",
             )
+
+    def _check_head(self) -> None:
+        possible = grouped.TABLE_BITS if self.is_ternary else (8,)  # float16 in fact
+        self._require_one_of("head_bits", possible)
+        if self.head_bits in grouped.BITS:
+            problem = grouped.why_not(self.hidden_size, self.head_bits)
+            self._require(not problem, f"head_bits {self.head_bits}: {problem}; possible: 8")
 
     def _require(self, good: bool, problem: str) -> None:
         if not good:

@@ -8,7 +8,7 @@ Shapes: M token rows, each with a slot and a position.
 import torch
 from torch import Tensor, nn
 
-from model import kv_cache, ops
+from model import grouped, kv_cache, ops
 from model.config import ModelConfig
 
 
@@ -50,11 +50,23 @@ def _linear(config: ModelConfig, name: str) -> _Leaf:
     return _Leaf(w=torch.zeros(n, k, dtype=torch.int8), scale=torch.zeros(n))
 
 
-def _table(config: ModelConfig) -> _Leaf:
-    shape = (config.vocab_size, config.hidden_size)
+def table_bits(config: ModelConfig) -> dict[str, int]:
+    """Bits of the tables of a ternary variant; a tied one is the head, so it has the head's."""
+    if config.tie_word_embeddings:
+        return {"embed": config.head_bits}
+    return {"embed": 8, "head": config.head_bits}
+
+
+def _table(config: ModelConfig, name: str) -> _Leaf:
+    vocab, hidden = config.vocab_size, config.hidden_size
     if not config.is_ternary:
-        return _Leaf(table=torch.zeros(shape, dtype=torch.float16))
-    return _Leaf(table=torch.zeros(shape, dtype=torch.int8), scale=torch.zeros(config.vocab_size))
+        return _Leaf(table=torch.zeros(vocab, hidden, dtype=torch.float16))
+    bits = table_bits(config)[name]
+    if bits in grouped.BITS:
+        table = torch.zeros(vocab, grouped.row_bytes(hidden, bits), dtype=torch.uint8)
+    else:
+        table = torch.zeros(vocab, hidden, dtype=torch.int8)
+    return _Leaf(table=table, scale=torch.zeros(vocab))
 
 
 class IntegerLayer(nn.Module):
@@ -139,9 +151,9 @@ class IntegerModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = _table(config)
+        self.embed = _table(config, "embed")
         if not config.tie_word_embeddings:
-            self.head = _table(config)
+            self.head = _table(config, "head")
         cos, sin = rope_tables(config)
         self.rope = _Leaf(cos=cos, sin=sin)
         layer = IntegerLayer if config.is_ternary else FloatLayer
@@ -152,16 +164,22 @@ class IntegerModel(nn.Module):
         """tokens, slots, positions i64[M]; caches [codes0, scales0, codes1, ...]
         -> (f32[M, hidden], caches).
         """
-        if self.config.is_ternary:
-            x = ops.embedding(tokens, self.embed.table, self.embed.scale)
-        else:
-            x = self.embed.table[tokens].float()
+        x = self._embed(tokens)
         updated: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             cache = (caches[2 * i], caches[2 * i + 1])
             x, cache = layer(x, self.rope, cache, slots, positions, kv_bits)
             updated.extend(cache)
         return x, updated
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        config, table = self.config, self.embed.table
+        if not config.is_ternary:
+            return table[tokens].float()
+        bits = table_bits(config)["embed"]
+        if bits in grouped.BITS:
+            return ops.grouped_embedding(tokens, table, self.embed.scale, config.hidden_size, bits)
+        return ops.embedding(tokens, table, self.embed.scale)
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: f32[R, hidden] -> f32[R, vocabulary]."""
@@ -170,6 +188,8 @@ class IntegerModel(nn.Module):
         if not self.config.is_ternary:
             return ops.float_matmul(ops.rms_norm(x, self.norm, eps), head.table)
         q, scale = ops.rms_norm_int8(x, self.norm, eps)
+        if (bits := self.config.head_bits) in grouped.BITS:
+            return ops.grouped_matmul(q, scale, head.table, head.scale, bits)
         return ops.int8_matmul(q, scale, head.table, head.scale)
 
     def empty_caches(self, kv_bits: int, slots: int, context: int) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from model import quantizers
+from model import grouped, quantizers
 
 # One matmul of float32 is exact while every partial sum stays below 2**24: for int8 x ternary,
 # K < 2**17.
@@ -52,6 +52,23 @@ def embedding(tokens: Tensor, table: Tensor, table_scale: Tensor) -> Tensor:
 @embedding.register_fake
 def _(tokens: Tensor, table: Tensor, table_scale: Tensor) -> Tensor:
     return table_scale.new_empty((tokens.shape[0], table.shape[1]))
+
+
+@custom_op("bitnet::grouped_embedding", mutates_args=())
+def grouped_embedding(
+    tokens: Tensor, table: Tensor, table_scale: Tensor, k: int, bits: int
+) -> Tensor:
+    """Rows of a packed table of `model.grouped`: tokens i64[M], table u8[V, B], table_scale f32[V]
+    -> f32[M, k].
+
+    code * group is exact in float32; it is multiplied by the row's scale once.
+    """
+    return grouped.levels(table[tokens], k, bits).float() * table_scale[tokens][:, None]
+
+
+@grouped_embedding.register_fake
+def _(tokens: Tensor, table: Tensor, table_scale: Tensor, k: int, bits: int) -> Tensor:
+    return table_scale.new_empty((tokens.shape[0], k))
 
 
 @custom_op("bitnet::rms_norm", mutates_args=())
@@ -199,6 +216,23 @@ def int8_matmul(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
 
 @int8_matmul.register_fake
 def _(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    return scale.new_empty((q.shape[0], w.shape[0]))
+
+
+@custom_op("bitnet::grouped_matmul", mutates_args=())
+def grouped_matmul(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bits: int) -> Tensor:
+    """A head of 6 or 4 bits: y[m, n] = (sum_k q[m, k] code[n, k] group[n, k // 64]) * (scale[m] *
+    w_scale[n]); w u8[N, B] packed by `model.grouped` -> f32[M, N].
+    """
+    wide = q.double()
+    slices = [
+        wide @ grouped.levels(rows, q.shape[1], bits).double().T for rows in w.split(grouped.ROWS)
+    ]
+    return _scaled(torch.cat(slices, dim=1).float(), scale, w_scale)
+
+
+@grouped_matmul.register_fake
+def _(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bits: int) -> Tensor:
     return scale.new_empty((q.shape[0], w.shape[0]))
 
 

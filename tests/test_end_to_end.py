@@ -16,7 +16,8 @@ import torch
 from compiler.build import build
 from compiler.config import BuildConfig
 from model import checkpoint, ops
-from model.integer import Decode, Prefill
+from model.config import ModelConfig
+from model.integer import Decode, IntegerModel, Prefill
 from runtime import Engine
 from runtime.errors import ArtifactError
 
@@ -27,6 +28,12 @@ WINDOW = 1000  # two of them; the model's context is 1024
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
     return build(BuildConfig(output=tmp_path_factory.mktemp("dist") / "shipped"))
+
+
+def reference_of(artifact: Path) -> IntegerModel:
+    """The torch model with the artifact's head."""
+    bits = ModelConfig.load(artifact).head_bits
+    return checkpoint.load_integer_model(checkpoint.find("novels-42m"), bits)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kv_bits", [3, 16])
 def test_compiled_model_equals_reference_on_2000_tokens(artifact, windows, kv_bits):
     engine = Engine.load(artifact, kv_bits=kv_bits)
-    model = checkpoint.load_integer_model(checkpoint.find("novels-42m"))
+    model = reference_of(artifact)
     divergence, agreement, loss, equal = [], [], [], []
     for window in windows:
         scores = engine.score(window)
@@ -121,7 +128,7 @@ def test_sparsity_probe_counts_the_zeros_of_the_reference(artifact, monkeypatch)
         return result
 
     monkeypatch.setattr(ops, "rms_norm_topk_int8", counted)
-    model = checkpoint.load_integer_model(checkpoint.find("novels-42m"))
+    model = reference_of(artifact)
     zero = torch.zeros(1, dtype=torch.int64)
     Decode(model, 3)(torch.tensor([300]), zero, zero, model.empty_caches(3, 1, 4))
     found = Engine.load(artifact).sparsity([300], [0], [0])

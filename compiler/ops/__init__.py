@@ -6,6 +6,8 @@ from compiler.op import OpDef
 from compiler.ops.attention import attention
 from compiler.ops.embedding import embedding
 from compiler.ops.float_matmul import float_matmul
+from compiler.ops.grouped_embedding import grouped_embedding
+from compiler.ops.grouped_matmul import grouped_matmul
 from compiler.ops.int8_matmul import int8_matmul
 from compiler.ops.kv_append import kv_append
 from compiler.ops.rms_norm import rms_norm, rms_norm_fp4, rms_norm_int4, rms_norm_int8
@@ -19,6 +21,7 @@ OPS: dict[str, OpDef] = {
     op.name: op
     for op in (
         embedding,
+        grouped_embedding,
         rms_norm,
         rms_norm_int4,
         rms_norm_int8,
@@ -28,6 +31,7 @@ OPS: dict[str, OpDef] = {
         ternary_glu_matmul,
         sparse_ternary_matmul,
         int8_matmul,
+        grouped_matmul,
         float_matmul,
         rope,
         kv_append,

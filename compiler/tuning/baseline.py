@@ -9,6 +9,7 @@ the loops as te.compute makes them, which LLVM vectorises.
 from pathlib import Path
 
 import numpy as np
+import torch
 import tvm
 from tvm import te
 from tvm.s_tir import dlight
@@ -18,6 +19,7 @@ from compiler.tuning import inputs
 from compiler.tuning.candidates import UNPACKED
 from compiler.tuning.tasks import Task
 from compiler.tuning.worker import ENTRY
+from model import grouped
 from schedules.targets import GpuTarget
 
 
@@ -48,9 +50,10 @@ def build(task: Task, rows: int, path: Path, linker: str) -> None:
 
 def make_files(task: Task, files: dict, folder: Path) -> dict:
     """The cases of a task for this kernel: its q alone, and the int32 sums."""
-    w, cases = np.load(files["unpacked"]), {}
-    for rows, path in files["cases"].items():
-        with np.load(path) as arrays:
+    path, cases = plain_weights(task, files["unpacked"], folder), {}
+    w = np.load(path)
+    for rows, case in files["cases"].items():
+        with np.load(case) as arrays:
             q = arrays["before0"]
         slices = [
             q.astype(np.float64) @ w[i : i + inputs.SLICE].T.astype(np.float64)
@@ -59,4 +62,13 @@ def make_files(task: Task, files: dict, folder: Path) -> dict:
         expected = np.concatenate(slices, axis=1).astype(np.int32)
         cases[rows] = folder / f"plain{rows}.npz"
         inputs.save_case(cases[rows], inputs.Case([q], [], expected))
-    return files | {"cases": cases, "weights": {UNPACKED: files["unpacked"]}}
+    return files | {"cases": cases, "weights": {UNPACKED: path}}
+
+
+def plain_weights(task: Task, path: Path, folder: Path) -> Path:
+    """int8[N, K], the codes of a table in groups"""
+    if "bits" not in task.sizes:
+        return path
+    packed, (k, bits) = torch.from_numpy(np.load(path)), (task.sizes[s] for s in ("K", "bits"))
+    np.save(folder / "codes.npy", grouped.unpack(packed, int(k), int(bits))[0].numpy())
+    return folder / "codes.npy"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import ops
+from model import grouped, ops
 from schedules.layouts import LAYOUTS
 
 F32 = np.float32
@@ -78,17 +78,29 @@ MAKERS: dict[str, Maker] = {
     "ternary_glu_matmul": gated,
     "sparse_ternary_matmul": sparse,
     "int8_matmul": dense,
+    "grouped_matmul": dense,
 }
 
 
 def make_weights(op: str, sizes: Sizes, rng) -> np.ndarray:
+    if op == "grouped_matmul":
+        return make_table(int(sizes["N"]), int(sizes["K"]), int(sizes["bits"]), rng)
     low, high = (-128, 128) if op == "int8_matmul" else (-1, 2)
     return rng.integers(low, high, (int(sizes["N"]), int(sizes["K"])), dtype=np.int8)
 
 
+def make_table(n: int, k: int, bits: int, rng) -> np.ndarray:
+    """Random codes and group scales, packed; a part of the rows over and over."""
+    rows, top = min(n, SLICE), 2 ** (bits - 1)
+    codes = rng.integers(-top, top, (rows, k), dtype=np.int8)
+    group = rng.integers(1, grouped.MAX_GROUP_SCALE + 1, (rows, k // grouped.GROUP), dtype=np.uint8)
+    packed = grouped.pack(torch.from_numpy(codes), torch.from_numpy(group), bits).numpy()
+    return np.resize(packed, (n, packed.shape[1]))
+
+
 def make_case(op: str, sizes: Sizes, m: int, active: float, w: np.ndarray, rng) -> Case:
     before, after = MAKERS[op](sizes, m, active, rng)
-    statics = [int(sizes["act_bits"])] if "act_bits" in sizes else []
+    statics = [int(sizes[name]) for name in ("act_bits", "bits") if name in sizes]
     return Case(before, after, reference(op, before, w, after, statics))
 
 

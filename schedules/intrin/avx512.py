@@ -7,6 +7,8 @@ https://www.intel.com/content/www/us/en/docs/intrinsics-guide
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from schedules.intrin import avx2
+
 LINE = 64  # bytes of a register and of a cache line
 
 
@@ -15,6 +17,32 @@ def dot_bytes(sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
     return T.call_llvm_pure_intrin(
         "int32x16", "llvm.x86.avx512.vpdpbusd.512", sums, unsigned, signed
     )
+
+
+def dot_words(sums: Expr, a: Expr, b: Expr) -> Expr:
+    """vpdpwssd (VNNI): int32 out[j] = sums[j] + a[2j] * b[2j] + a[2j+1] * b[2j+1], wrapping."""
+    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpwssd.512", sums, a, b)
+
+
+def multiply_add_bytes(unsigned: Expr, signed: Expr) -> Expr:
+    """vpmaddubsw: int16 out[j] = u[2j] * s[2j] + u[2j+1] * s[2j+1], saturating."""
+    return T.call_llvm_pure_intrin("int16x32", "llvm.x86.avx512.pmaddubs.w.512", unsigned, signed)
+
+
+def repeat(part: Expr) -> Expr:
+    """16 or 32 bytes, side by side until the register is full; a broadcast load of memory."""
+    while (lanes := 2 * part.ty.dtype.lanes) <= LINE:
+        part = T.vectorcombine(f"uint8x{lanes}", part, part)
+    return part
+
+
+def rotate_right(bytes_: Expr, bits: list[int]) -> Expr:
+    """vprorvq: bits[i] in part i of the register's equal parts. Within a quarter of a register
+    bits of neighbouring bytes enter: mask them off."""
+    quads = T.reinterpret("uint64x8", bytes_)
+    amounts = avx2.constant("uint64", [b for b in bits for _ in range(8 // len(bits))])
+    rotated = T.call_llvm_pure_intrin("uint64x8", "llvm.fshr", quads, quads, amounts)
+    return T.reinterpret("uint8x64", rotated)
 
 
 def shift_bytes_right(bytes_: Expr, bits: int) -> Expr:

@@ -10,7 +10,7 @@ import tvm
 
 from compiler import pipeline
 from compiler.export import export_model
-from compiler.kernels import using
+from compiler.kernels import families_of, using
 from model import random
 from model.checkpoint import IntegerWeights, load_integer_model
 from model.config import MODELS, ModelConfig
@@ -23,16 +23,14 @@ from schedules.targets import TARGETS
 TINY = MODELS["tiny"]
 VARIANTS = {
     "a4.8-int4": TINY,
-    "a4.8-fp4": TINY.replace(activation_format="fp4", tie_word_embeddings=False),
-    "b1.58": TINY.with_variant("b1.58"),
+    "a4.8-fp4": TINY.replace(activation_format="fp4", tie_word_embeddings=False, head_bits=4),
+    "b1.58": TINY.with_variant("b1.58").replace(head_bits=6),
     "llama": TINY.with_variant("llama"),
 }
 KV_BITS = (16, 4, 3)
 
 
-@cache
-def exported(variant: str) -> tvm.IRModule:
-    return export_model(VARIANTS[variant])
+exported = cache(export_model)
 
 
 @dataclass
@@ -109,10 +107,12 @@ def aligned(array: np.ndarray) -> np.ndarray:
 def compile_tiny(variant: str, target: str, directory: Path) -> CompiledModel:
     """Random weights of a variant, compiled in memory for a row of TARGETS."""
     config, spec = VARIANTS[variant], TARGETS[target]
+    if not families_of("grouped_matmul", spec.families):
+        config = config.replace(head_bits=8)
     random.write(config, directory)
     weights = IntegerWeights(directory)
     with using(spec), spec.to_tvm():
-        lowered = pipeline.lower(exported(variant), KV_BITS)
+        lowered = pipeline.lower(exported(config), KV_BITS)
         executable = pipeline.generate(lowered, spec)
     layouts = lowered.attrs["layouts"]
     params = []

@@ -76,6 +76,15 @@ CASES = {
                 "table_scale": ("float32", (512,)),
             },
         ),
+        Case(
+            "grouped_embedding",
+            {
+                "tokens": ("int64", (M,)),
+                "table": ("uint8", (512, 128)),
+                "table_scale": ("float32", (512,)),
+            },
+            {"k": 128, "bits": 6},
+        ),
         Case("rms_norm", NORM, {"eps": 1e-5}),
         Case("rms_norm_int4", NORM, {"eps": 1e-5}),
         Case("rms_norm_int8", NORM, {"eps": 1e-5}),
@@ -98,6 +107,16 @@ CASES = {
             },
         ),
         Case("int8_matmul", QUANTIZED | WEIGHT),
+        Case(
+            "grouped_matmul",
+            {
+                "q": ("int8", (M, 128)),
+                "scale": ("float32", (M,)),
+                "w": ("uint8", (64, 128)),
+                "w_scale": ("float32", (64,)),
+            },
+            {"bits": 6},
+        ),
         Case("float_matmul", {"x": ("float32", (M, 48)), "w": ("float16", (64, 48))}),
         Case("rope", {**QKV, "cos": TABLE, "sin": TABLE, "positions": ("int64", (M,))}, COUNTS),
         Case("kv_append", CACHE | QKV | ROWS, COUNTS | {"kv_bits": 4}),

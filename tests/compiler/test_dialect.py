@@ -71,6 +71,18 @@ REFUSED = [
         "int8_matmul: w is uint8 (64, 12), expected int8 (N, 48)",
     ),
     (
+        CASES["grouped_matmul"].but(w=("uint8", (64, 96))),
+        "grouped_matmul: w has rows of 96 bytes, expected 128 for 128 columns at 6 bits",
+    ),
+    (
+        CASES["grouped_embedding"].but(k=100),
+        "grouped_embedding: K is 100, expected a multiple of 64",
+    ),
+    (
+        CASES["grouped_matmul"].but(q=("int8", (M, 8384))),
+        "grouped_matmul: K is 8384, int32 sums hold 8322 columns at 6 bits",
+    ),
+    (
         CASES["rms_norm_topk_int8"].but(k=49),
         "rms_norm_topk_int8: k is 49, possible: 1 to K = 48",
     ),

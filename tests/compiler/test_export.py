@@ -43,7 +43,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("variant", LAYERS)
 def test_one_call_for_each_op(variant):
-    module = exported(variant)
+    module = exported(VARIANTS[variant])
     prefill, decode = calls(module["prefill"]), calls(module["decode"])
     assert [name for name in prefill if name != "(relax.take)"] == [
         name for name in decode if name != "(relax.take)"
@@ -56,7 +56,7 @@ def test_one_call_for_each_op(variant):
 
 def test_signature():
     config = VARIANTS["a4.8-int4"]
-    module = exported("a4.8-int4")
+    module = exported(VARIANTS["a4.8-int4"])
     prefill, decode = module["prefill"], module["decode"]
     names = ["tokens", "slots", "positions", "caches", "params"]
     assert [param.name for param in decode.params] == names
@@ -68,7 +68,7 @@ def test_signature():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters(variant):
-    module, tensors = exported(variant), parameters(VARIANTS[variant])
+    module, tensors = exported(VARIANTS[variant]), parameters(VARIANTS[variant])
     assert list(map(str, module.attrs["param_names"])) == list(tensors)
     for field, tensor in zip(module["decode"].params[-1].ty.fields, tensors.values(), strict=True):
         assert tuple(map(int, field.shape)) == tuple(tensor.shape)
@@ -76,7 +76,7 @@ def test_parameters(variant):
 
 
 def test_script_round_trip():
-    module = exported("a4.8-int4")
+    module = exported(VARIANTS["a4.8-int4"])
     parsed = tvm.script.from_source(module.script(show_meta=False))
     tvm.ir.assert_structural_equal(parsed, module)
 

@@ -5,7 +5,9 @@ import importlib.util
 from functools import lru_cache
 
 import numpy as np
+import torch
 
+from model import grouped
 from schedules.layouts import LAYOUTS
 from schedules.targets import TargetSpec
 from tests.schedules.compiled import compiled
@@ -47,6 +49,19 @@ def weights(kind: str, n: int, k: int, seed: int = 0) -> np.ndarray:
     if kind == "random":
         return np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8)
     return np.full((n, k), {"plus": 1, "minus": -1}[kind], np.int8)
+
+
+def grouped_table(n: int, k: int, bits: int, kind: str = "random", seed: int = 0):
+    """(levels i64[N, K], packed u8[N, B])"""
+    top, rng = 2 ** (bits - 1), np.random.default_rng(seed)
+    if kind == "random":
+        codes = rng.integers(-top, top, (n, k))
+        group = rng.integers(1, grouped.MAX_GROUP_SCALE + 1, (n, k // 64))
+    else:
+        codes = np.full((n, k), {"min": -top, "max": top - 1}[kind])
+        group = np.full((n, k // 64), grouped.MAX_GROUP_SCALE)
+    tensors = (torch.from_numpy(a) for a in (codes.astype(np.int8), group.astype(np.uint8)))
+    return codes * np.repeat(group, 64, axis=1), grouped.pack(*tensors, bits).numpy()
 
 
 def scales(m: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

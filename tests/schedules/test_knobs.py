@@ -10,7 +10,13 @@ from compiler.kernels import Choice, Schedule, families_of, knobs_of
 from schedules.layouts import LAYOUTS
 from schedules.targets import TARGETS, CpuTarget
 from tests.schedules.compiled import compiled, why_not
-from tests.schedules.matmul_reference import activations, exact_sum, ones, weights
+from tests.schedules.matmul_reference import (
+    activations,
+    exact_sum,
+    grouped_table,
+    ones,
+    weights,
+)
 
 ROWS = (1, 2, 5, 33)
 N, K = 330, 2563  # no multiple of any tile; rows enough for several tiles of any share of L2
@@ -24,16 +30,18 @@ class Case:
     kernel_end: tuple = ()
     act_bits: int = 8
     sparse: bool = False
+    k: int = K
 
     def build(self, choice: Choice, target: CpuTarget):
         schedule = Schedule(self.folder, choice)
-        return schedule.kernel(N, K, *self.kernel_args, target, *self.kernel_end)
+        return schedule.kernel(N, self.k, *self.kernel_args, target, *self.kernel_end)
 
 
 CASES = (
     Case("ternary_matmul", (4,), (4,), ("glu",), act_bits=4),  # all forms and the skipping of gates
     Case("sparse_ternary_matmul", (), sparse=True),
     Case("int8_matmul", None),
+    Case("grouped_matmul", None, (6,), k=2560),
 )
 
 
@@ -88,15 +96,21 @@ def test_same_bits(case, target, family):
         check(case, choice, compiled(kernel, target))
 
 
+def weights_of(case, choice) -> tuple[np.ndarray, np.ndarray]:
+    """The weights and what the kernel reads."""
+    if case.folder == "grouped_matmul":
+        return grouped_table(N, case.k, *case.kernel_args)
+    if case.layout_args is None:
+        return (w := activations("random", N, case.k, 8)), w
+    layout = Schedule(case.folder, choice).layout(*case.layout_args)
+    return (w := weights("random", N, case.k)), LAYOUTS[layout].pack(w)
+
+
 def check(case, choice, call):
-    w = weights("random", N, K) if case.layout_args is not None else activations("random", N, K, 8)
-    packed = w
-    if case.layout_args is not None:
-        layout = Schedule(case.folder, choice).layout(*case.layout_args)
-        packed = LAYOUTS[layout].pack(w)
+    w, packed = weights_of(case, choice)
     for m in ROWS:
-        q = activations("random", m, K, case.act_bits, m)
-        q[:, np.random.default_rng(m).random(K) >= density(case, m)] = 0
+        q = activations("random", m, case.k, case.act_bits, m)
+        q[:, np.random.default_rng(m).random(case.k) >= density(case, m)] = 0
         scale, w_scale = ones(m, N)
         before, after, expected = [q, scale], [], exact_sum(q, w)
         if case.sparse:
