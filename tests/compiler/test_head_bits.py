@@ -11,7 +11,7 @@ TINY = MODELS["tiny"]
 CASES = [
     ("x86-avx2", TINY, 6),
     ("x86-amx", TINY, 6),
-    ("x86-amx", TINY.replace(hidden_size=60, num_attention_heads=5, head_dim=12), 8),
+    ("x86-amx", TINY.replace(hidden_size=60), 8),
     ("x86-amx", TINY.with_variant("llama"), 8),
     ("generic", TINY, 8),
     ("arm-i8mm", TINY, 8),
