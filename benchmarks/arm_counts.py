@@ -28,6 +28,7 @@ import numpy as np
 
 os.environ["TVM_NUM_THREADS"] = "1"  # before tests.schedules.compiled, which would take three
 
+from command_line import Parser
 from schedules.layouts import LAYOUTS
 from schedules.targets import TARGETS
 from tests.arm import emulator
@@ -278,7 +279,7 @@ def peer(text: str) -> tuple[str, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.arm_counts")
+    parser = Parser(prog="python -m benchmarks.arm_counts")
     parser.add_argument("--peer", type=peer, action="append", default=[], metavar="LEVEL=LIBRARY")
     parser.add_argument("-n", type=int, default=2560, help="outputs (default: %(default)s)")
     parser.add_argument("-k", type=int, default=2560, help="columns (default: %(default)s)")

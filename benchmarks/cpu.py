@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.worker import Worker, WorkerError
+from command_line import Parser
 
 HERE = Path(__file__).resolve().parent
 OURS, PEERS = "ours", ("TQ2_0", "TQ1_0")
@@ -325,9 +326,7 @@ def whole_numbers(text: str) -> list[int]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cpus = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m benchmarks.cpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("artifact", type=Path, help="an artifact directory of compiler.build")
     parser.add_argument("--peer-python", metavar="PATH", help="a Python with llama-cpp-python")
     parser.add_argument("-o", "--output", type=Path, default=Path("results"), metavar="DIR")

@@ -8,13 +8,13 @@ Progress goes to stderr, five facts about the artifact to stdout. Exit code 2: i
 for the reason in the one line on stderr; nothing is left half-written.
 """
 
-import argparse
 import json
 import signal
 import sys
 import time
 from pathlib import Path
 
+from command_line import Parser
 from compiler.config import DEFAULT_MODEL, BuildConfig, BuildError
 from compiler.progress import BuildProgress, on_stderr
 
@@ -67,9 +67,7 @@ def make_dump_directory(path: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> BuildConfig:
-    parser = argparse.ArgumentParser(
-        prog="python -m compiler.build", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m compiler.build", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,

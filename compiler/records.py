@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from command_line import Parser
 from compiler.config import BuildError
 from compiler.tuning import store
 from compiler.tuning.lookup import default_roots, user_root, winners
@@ -46,12 +47,10 @@ def refuse(problem: str) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m compiler.records", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m compiler.records", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, help_: str) -> argparse.ArgumentParser:
+    def command(name: str, run, help_: str) -> Parser:
         one = commands.add_parser(name, help=help_, description=help_)
         one.set_defaults(run=run)
         return one

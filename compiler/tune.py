@@ -11,13 +11,13 @@ config.json. `compiler.build` finds the records by itself. Exit code 2: it canno
 reason in the one line on stderr; 130: interrupted, what was measured is kept.
 """
 
-import argparse
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from command_line import Parser
 from compiler.config import DEFAULT_MODEL, BuildError
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class TuneConfig:
 
 
 def parse(argv: list[str] | None) -> TuneConfig:
-    parser = argparse.ArgumentParser(
-        prog="python -m compiler.tune", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m compiler.tune", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add(
         "--model",

@@ -12,7 +12,6 @@ that the activation sparsity met at run time is the paper's 7B row (arXiv 2411.0
 Both amounts are found by bisection on a simulated layer, whose measured zeros are printed.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from command_line import Parser
 from model import packing, quantizers
 from model.config import MODELS, VARIANTS, ConfigError, ModelConfig
 from model.integer import linear_shapes
@@ -193,9 +193,7 @@ def refuse_foreign(directory: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m model.random", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m model.random", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, choices=sorted(MODELS), metavar="NAME",
                         help=f"shape: {', '.join(sorted(MODELS))}")  # fmt: skip
     parser.add_argument("--variant", choices=VARIANTS, help="default: the configuration's own")

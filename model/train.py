@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from command_line import Parser
 from model import evaluate
 from model.bitnet import BitNetModel
 from model.config import MODELS, VARIANTS, ConfigError, ModelConfig
@@ -114,9 +115,7 @@ def device_name(device: torch.device) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m model.train", description=__doc__.split("\n\n")[0]
-    )
+    parser = Parser(prog="python -m model.train", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.txt.xz and valid.txt.xz")
     add("--run", type=Path, required=True, help="folder of the run; resumed if it has a checkpoint")

@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from command_line import Parser
 from runtime import cli, host
 from runtime.engine import Engine
 from runtime.errors import RuntimeRefusal, require_whole
@@ -150,9 +151,7 @@ def write(rows: Sequence[Row], output: str) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="runtime.bench", description="Measure a compiled model's tokens/s."
-    )
+    parser = Parser(prog="runtime.bench", description="Measure a compiled model's tokens/s.")
     cli.add_engine_arguments(parser, several_threads=True)
     parser.add_argument(
         "-p", "--n-prompt", default="512", metavar="N", help="prompt tokens; 0: none (default 512)"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import Parser
 from runtime import cli, host
 from runtime.engine import Engine
 from runtime.errors import RuntimeRefusal
@@ -20,9 +21,7 @@ from runtime.generation import Generation
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="runtime.generate", description="Continue a prompt with a compiled model."
-    )
+    parser = Parser(prog="runtime.generate", description="Continue a prompt with a compiled model.")
     cli.add_engine_arguments(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")

@@ -142,7 +142,7 @@ def test_a_damaged_artifact(run_module, own_artifact, command):
 @pytest.mark.parametrize("options", [(), ("--prompt", "a", "-"), ("--prompt", "a", "-n", "x")])
 def test_wrong_usage_exits_2(run_module, artifact, options):
     done = run_module(GENERATE, artifact, *options)
-    assert done.returncode == 2 and b"usage:" in done.stderr and b"Traceback" not in done.stderr
+    assert "; possible: what runtime.generate --help lists" in one_line(done, GENERATE)
 
 
 def test_bench_markdown(run_module, artifact):
