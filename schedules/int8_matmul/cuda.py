@@ -16,6 +16,8 @@
 int32 holds |acc| <= 2**14 K for every K below 2**17.
 """
 
+from dataclasses import dataclass
+
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
@@ -30,64 +32,95 @@ TOKENS = 4
 VECTORS = (16, 4, 1)  # bytes of a load
 
 
-def kernel(n: int, k: int, target: GpuTarget) -> PrimFunc:
-    end = EPILOGUES["scale"]
-    vector = next(v for v in VECTORS if k % v == 0)
-    words = max(1, vector // 4)
-    rows = Var("M", "int64")
+@dataclass(frozen=True)
+class Form:
+    n: int
+    k: int
+    tokens: int  # T
 
-    def load(source, row: Expr, i: Expr, into, at: int):
-        """into[at : at + words] = bytes vector * i .. of a row; a lone byte is widened."""
-        if vector == 1:
-            cuda.store(into, T.cast(source[row, i], "int32"), at)
+    @property
+    def vector(self) -> int:
+        return next(v for v in VECTORS if self.k % v == 0)
+
+    @property
+    def words(self) -> int:
+        """int32 of a load; a lone byte is widened to one."""
+        return max(1, self.vector // 4)
+
+
+class Warp:
+    """Emits a warp's work: R rows of weights from n0 on, T tokens from m0 on."""
+
+    def __init__(self, form: Form, rows: Var, n0: Expr, m0: Expr, lane: Expr):
+        self.form, self.rows, self.n0, self.m0, self.lane = form, rows, n0, m0, lane
+        self.acc = cuda.local("int32", ROWS * form.tokens)
+        self.x = cuda.local("int32", form.tokens * form.words)
+        self.y = cuda.local("int32", ROWS * form.words)
+
+    def accumulate(self, q, w) -> None:
+        form = self.form
+        for i in range(ROWS * form.tokens):
+            cuda.store(self.acc, T.int32(0), i)
+        with cuda.strided(form.k // form.vector, self.lane, cuda.WARP) as i:
+            for r in range(ROWS):
+                self._load(w, T.min(self.n0 + r, form.n - 1), i, self.y, r)
+            for m in range(form.tokens):
+                self._load(q, T.min(self.m0 + m, self.rows - 1), i, self.x, m)
+            for r in range(ROWS):
+                for m in range(form.tokens):
+                    for v in range(form.words):
+                        self._multiply(r, m, v)
+
+    def _load(self, source, row: Expr, i: Expr, into, which: int) -> None:
+        """into[which] = V bytes of a row, from V i on."""
+        words = self.form.words
+        if self.form.vector == 1:
+            cuda.store(into, T.cast(source[row, i], "int32"), which)
             return
-        view = T.decl_buffer((source.shape[0], k // 4), "int32", data=source.data)
+        view = T.decl_buffer((source.shape[0], self.form.k // 4), "int32", data=source.data)
         with T.vectorized(words) as v:
-            cuda.store(into, view[row, i * words + v], at + v)
+            cuda.store(into, view[row, i * words + v], which * words + v)
 
-    def multiply(a, b, acc):
-        return acc + a * b if vector == 1 else cuda.dp4a(a, b, acc)
+    def _multiply(self, r: int, m: int, v: int) -> None:
+        words, at = self.form.words, r * self.form.tokens + m
+        a, b = self.x[m * words + v], self.y[r * words + v]
+        is_byte = self.form.vector == 1
+        cuda.store(self.acc, self.acc[at] + a * b if is_byte else cuda.dp4a(a, b, self.acc[at]), at)
 
-    def block(tokens: int, q, scale, w, w_scale, out, n0, m0, lane):
-        acc = cuda.local("int32", ROWS * tokens)
-        x, y = cuda.local("int32", tokens * words), cuda.local("int32", ROWS * words)
-        for i in range(ROWS * tokens):
-            cuda.store(acc, T.int32(0), i)
-        with cuda.strided(k // vector, lane, cuda.WARP) as i:
-            for r in range(ROWS):
-                load(w, T.min(n0 + r, n - 1), i, y, r * words)
-            for m in range(tokens):
-                load(q, T.min(m0 + m, rows - 1), i, x, m * words)
-            for r in range(ROWS):
-                for m in range(tokens):
-                    for v in range(words):
-                        at = r * tokens + m
-                        product = multiply(x[m * words + v], y[r * words + v], acc[at])
-                        cuda.store(acc, product, at)
+    def finish(self, scale, w_scale, out) -> None:
+        """A lane stores the output of its number."""
+        form, end = self.form, EPILOGUES["scale"]
         for r in range(ROWS):
-            for m in range(tokens):
-                total = cuda.warp_reduce(acc[r * tokens + m], "sum")
-                with cuda.when(lane == r * tokens + m), cuda.when(n0 + r < n):
-                    with cuda.when(m0 + m < rows):
-                        s = scale[m0 + m] * w_scale[n0 + r]
-                        y_ = end.value(T.cast(total, "float32"), s, None)
-                        cuda.store(out, y_, m0 + m, n0 + r)
+            for m in range(form.tokens):
+                i, row, token = r * form.tokens + m, self.n0 + r, self.m0 + m
+                total = cuda.warp_reduce(self.acc[i], "sum")
+                with cuda.when(self.lane == i), cuda.when(row < form.n):
+                    with cuda.when(token < self.rows):
+                        s = scale[token] * w_scale[row]
+                        cuda.store(out, end.value(T.cast(total, "float32"), s, None), token, row)
 
-    def launch(tokens: int, q, scale, w, w_scale, out):
-        with cuda.blocks(-(-n // (WARPS * ROWS))) as b:
-            with cuda.blocks(T.ceildiv(rows, tokens), "y") as c:
-                with cuda.threads(WARPS, "y") as warp:
-                    with cuda.threads(cuda.WARP) as lane:
-                        n0, m0 = T.bind((b * WARPS + warp) * ROWS), T.bind(c * tokens)
-                        block(tokens, q, scale, w, w_scale, out, n0, m0, lane)
+
+def launch(form: Form, rows: Var, q, scale, w, w_scale, out) -> None:
+    with cuda.blocks(-(-form.n // (WARPS * ROWS))) as b:
+        with cuda.blocks(T.ceildiv(rows, form.tokens), "y") as c:
+            with cuda.threads(WARPS, "y") as warp:
+                with cuda.threads(cuda.WARP) as lane:
+                    n0, m0 = T.bind((b * WARPS + warp) * ROWS), T.bind(c * form.tokens)
+                    work = Warp(form, rows, n0, m0, lane)
+                    work.accumulate(q, w)
+                    work.finish(scale, w_scale, out)
+
+
+def kernel(n: int, k: int, target: GpuTarget) -> PrimFunc:
+    rows = Var("M", "int64")
 
     def by_rows(*tensors):
         with T.If(rows == 1):
             with T.Then():
-                launch(1, *tensors)
+                launch(Form(n, k, 1), rows, *tensors)
             with T.Else():
                 with cuda.some_rows(rows):
-                    launch(TOKENS, *tensors)
+                    launch(Form(n, k, TOKENS), rows, *tensors)
 
     @T.prim_func(s_tir=True)
     def int8_matmul(

@@ -17,11 +17,13 @@
 The codes are w + 1. |acc| < 2^14 K: int32 holds K < 2^17.
 """
 
+from dataclasses import dataclass
+
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
-from schedules.epilogue import EPILOGUES
+from schedules.epilogue import EPILOGUES, Epilogue
 from schedules.intrin import cuda
 from schedules.targets import GpuTarget
 
@@ -44,32 +46,65 @@ def layout() -> str:
     return "columns_2bit"
 
 
-def write_list(listed, q, index, m, k: int, count: Expr, t: Expr) -> None:
-    """listed[i] = column << 8 | q of the i-th listed column; zero past the count."""
-    columns = cuda.local("int32", INDICES)
-    with T.serial(-(-k // (THREADS * INDICES))) as part:
-        first = T.bind(part * (THREADS * INDICES) + t)
-        for i in range(min(INDICES, -(-k // THREADS))):
-            cuda.store(columns, index[m, T.min(first + i * THREADS, k - 1)], i)
-        for i in range(min(INDICES, -(-k // THREADS))):
-            at = first + i * THREADS
-            with cuda.when(at < count):
-                byte = T.cast(T.reinterpret("uint8", q[m, columns[i]]), "int32")
-                cuda.store(listed, T.shift_left(columns[i], 8) | byte, at)
+@dataclass(frozen=True)
+class Form:
+    n: int
+    k: int
+    words: int  # S
+
+    @property
+    def blocks(self) -> int:
+        """Of the layout."""
+        return -(-self.n // BLOCK)
+
+    @property
+    def groups(self) -> int:
+        """G: of columns that a warp takes at once."""
+        return cuda.WARP // self.words
+
+    @property
+    def height(self) -> int:
+        """Outputs of a block."""
+        return self.words * WORD_ROWS
 
 
-def kernel(n: int, k: int, target: GpuTarget, *, words_a_block: int = 2) -> PrimFunc:
-    end = EPILOGUES["residual"]
-    blocks, words_of = -(-n // BLOCK), words_a_block
-    groups = cuda.WARP // words_of  # of columns that a warp takes at once
-    height = words_of * WORD_ROWS
-    rows = Var("M", "int64")
+class Block:
+    """Emits a block's work: outputs 16 S b on of token m."""
 
-    def accumulate(acc, total, listed, w, word, count, warp, lane):
-        """acc[4p + f] += the lane's columns for row 32f + p of the word; total += their q."""
-        stride = WARPS * groups * COLUMNS
+    def __init__(self, form: Form, b: Expr, m: Expr, warp: Expr, lane: Expr):
+        self.form, self.b, self.m, self.warp, self.lane = form, b, m, warp, lane
+        self.acc, self.total = cuda.local("int32", WORD_ROWS), cuda.local("int32", 1)
+        self.listed = T.alloc_buffer((form.k,), "int32", scope="shared.dyn")
+        self.sums = cuda.shared("int32", WARPS, form.height)
+        for i in range(WORD_ROWS):
+            cuda.store(self.acc, T.int32(0), i)
+        cuda.store(self.total, T.int32(0), 0)
+        self.t = T.bind(warp * cuda.WARP + lane)
+
+    def write_list(self, q, index, count: Expr) -> None:
+        """listed[i] = column << 8 | q of the i-th listed column, for every i below the count."""
+        k = self.form.k
+        columns = cuda.local("int32", INDICES)
+        with T.serial(-(-k // (THREADS * INDICES))) as part:
+            first = T.bind(part * (THREADS * INDICES) + self.t)
+            for i in range(min(INDICES, -(-k // THREADS))):
+                cuda.store(columns, index[self.m, T.min(first + i * THREADS, k - 1)], i)
+            for i in range(min(INDICES, -(-k // THREADS))):
+                at = first + i * THREADS
+                with cuda.when(at < count):
+                    byte = T.cast(T.reinterpret("uint8", q[self.m, columns[i]]), "int32")
+                    cuda.store(self.listed, T.shift_left(columns[i], 8) | byte, at)
+        cuda.sync()
+
+    def accumulate(self, w, count: Expr) -> None:
+        """acc[4p + f] += the lane's columns for row 32f + p of its word; total += their q."""
+        form, listed = self.form, self.listed
+        stride = WARPS * form.groups * COLUMNS
+        last = form.blocks * WORDS - 1
+        word = T.bind(T.min(self.b * form.words + self.lane % form.words, last))
         with T.serial(T.ceildiv(count, stride)) as step:
-            first = T.bind(step * stride + (warp * groups + lane // words_of) * COLUMNS)
+            group = self.warp * form.groups + self.lane // form.words
+            first = T.bind(step * stride + group * COLUMNS)
             entries = [
                 T.bind(T.if_then_else(first + j < count, listed[first + j], 0))
                 for j in range(COLUMNS)
@@ -78,50 +113,55 @@ def kernel(n: int, k: int, target: GpuTarget, *, words_a_block: int = 2) -> Prim
             x = entries[0] & 255
             for j in range(1, COLUMNS):
                 x = x | T.shift_left(entries[j] & 255, 8 * j)
-            x = T.bind(x)
-            cuda.store(total, cuda.dp4a(x, T.int32(ONES), total[0]), 0)
-            for p, transposed in enumerate(cuda.transpose_bytes(words)):
-                for f, shift in enumerate(SHIFTS):
-                    field = transposed >> T.uint32(2 * f - shift) & T.uint32(MASK << shift)
-                    product = cuda.dp4a(x, T.reinterpret("int32", field), acc[p * FIELDS + f])
-                    cuda.store(acc, product, p * FIELDS + f)
+            self._multiply(T.bind(x), words)
 
-    def share(acc, total, sums, warp, lane):
+    def _multiply(self, x: Expr, words: list[Expr]) -> None:
+        """Four columns' q times their words."""
+        cuda.store(self.total, cuda.dp4a(x, T.int32(ONES), self.total[0]), 0)
+        for p, transposed in enumerate(cuda.transpose_bytes(words)):
+            for f, shift in enumerate(SHIFTS):
+                field = transposed >> T.uint32(2 * f - shift) & T.uint32(MASK << shift)
+                product = cuda.dp4a(x, T.reinterpret("int32", field), self.acc[p * FIELDS + f])
+                cuda.store(self.acc, product, p * FIELDS + f)
+
+    def share(self) -> None:
         """sums[warp, word, :] = the warp's sums of q w."""
         for i in range(WORD_ROWS):
-            value = T.bind(T.shift_right(acc[i], SHIFTS[i % FIELDS]) - total[0])
-            lanes = words_of
+            value = T.bind(T.shift_right(self.acc[i], SHIFTS[i % FIELDS]) - self.total[0])
+            lanes = self.form.words
             while lanes < cuda.WARP:
                 value = T.bind(value + cuda.shuffle_xor(value, lanes))
                 lanes *= 2
-            with cuda.when(lane < words_of):
-                cuda.store(sums, value, warp, lane * WORD_ROWS + i)
+            with cuda.when(self.lane < self.form.words):
+                cuda.store(self.sums, value, self.warp, self.lane * WORD_ROWS + i)
         cuda.sync()
 
-    def block(q, scale, index, count, words, w_scale, extra, out, b, m, warp, lane):
-        acc, total = cuda.local("int32", WORD_ROWS), cuda.local("int32", 1)
-        listed = T.alloc_buffer((k,), "int32", scope="shared.dyn")
-        sums = cuda.shared("int32", WARPS, height)
-        for i in range(WORD_ROWS):
-            cuda.store(acc, T.int32(0), i)
-        cuda.store(total, T.int32(0), 0)
-        t = T.bind(warp * cuda.WARP + lane)
-        active = T.bind(count[m])
-        write_list(listed, q, index, m, k, active, t)
-        cuda.sync()
-        word = T.bind(T.min(b * words_of + lane % words_of, blocks * WORDS - 1))
-        accumulate(acc, total, listed, words, word, active, warp, lane)
-        share(acc, total, sums, warp, lane)
-        at = b * words_of + t // WORD_ROWS
-        i = t % WORD_ROWS  # p * FIELDS + f
+    def finish(self, end: Epilogue, scale, w_scale, extra, out) -> None:
+        """A thread an output: of word `at`, i = p * FIELDS + f."""
+        form, m, t = self.form, self.m, self.t
+        at, i = self.b * form.words + t // WORD_ROWS, t % WORD_ROWS
         j = T.bind(at // WORDS * BLOCK + i % FIELDS * 32 + at % WORDS * 4 + i // FIELDS)
-        with cuda.when(t < height), cuda.when(j < n):
+        with cuda.when(t < form.height), cuda.when(j < form.n):
             y = cuda.local("int32", 1)
             cuda.store(y, T.int32(0), 0)
             for other in range(WARPS):
-                cuda.store(y, y[0] + sums[other, t], 0)
+                cuda.store(y, y[0] + self.sums[other, t], 0)
             value = end.value(T.cast(y[0], "float32"), scale[m] * w_scale[j], extra[m, j])
             cuda.store(out, value, m, j)
+
+
+def kernel(n: int, k: int, target: GpuTarget, *, words_a_block: int = 2) -> PrimFunc:
+    end, form, rows = EPILOGUES["residual"], Form(n, k, words_a_block), Var("M", "int64")
+
+    def launch(q, scale, index, count, words, w_scale, extra, out):
+        with cuda.some_rows(rows), cuda.blocks(rows) as m:
+            with cuda.blocks(form.blocks * WORDS // form.words, "y") as b:
+                with cuda.threads(WARPS, "y") as warp, cuda.threads(cuda.WARP) as lane:
+                    block, active = Block(form, b, m, warp, lane), T.bind(count[m])
+                    block.write_list(q, index, active)
+                    block.accumulate(words, active)
+                    block.share()
+                    block.finish(end, scale, w_scale, extra, out)
 
     @T.prim_func(s_tir=True)
     def sparse_ternary_matmul(
@@ -129,22 +169,14 @@ def kernel(n: int, k: int, target: GpuTarget, *, words_a_block: int = 2) -> Prim
         scale: T.Buffer((rows,), "float32"),
         index: T.Buffer((rows, k), "int32"),
         count: T.Buffer((rows,), "int32"),
-        w: T.Buffer((k, blocks, 32), "uint8"),
+        w: T.Buffer((k, form.blocks, 32), "uint8"),
         w_scale: T.Buffer((n,), "float32"),
         extra: T.Buffer((rows, n), "float32"),
         out: T.Buffer((rows, n), "float32"),
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         with T.sblock("root"):
-            words = T.decl_buffer((k, blocks, WORDS), "uint32", data=w.data)
-            with cuda.some_rows(rows):
-                with cuda.blocks(rows) as m:
-                    with cuda.blocks(blocks * WORDS // words_of, "y") as b:
-                        with cuda.threads(WARPS, "y") as warp:
-                            with cuda.threads(cuda.WARP) as lane:
-                                block(
-                                    q, scale, index, count, words, w_scale, extra, out,
-                                    b, m, warp, lane,
-                                )  # fmt: skip
+            words = T.decl_buffer((k, form.blocks, WORDS), "uint32", data=w.data)
+            launch(q, scale, index, count, words, w_scale, extra, out)
 
     return end.finish(sparse_ternary_matmul)
