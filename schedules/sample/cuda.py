@@ -120,32 +120,25 @@ def list_candidates(entries, logits, vocab: int, m, t, bound: Expr, scratch) -> 
     return listed
 
 
-def draw(out, entries, sums, found, m, t, keep, temperature, top_p, uniform) -> None:
+def draw(out, entries, sums, m, t, keep, temperature, top_p, uniform, scratch) -> None:
     """out[m] from the sorted entries, of which `keep` are candidates"""
     largest = T.cast(logit_of(entries[0]), "float64")
     gap = T.cast(logit_of(entries[t]), "float64") - largest
     weight = T.if_then_else(gap == T.float64(0), T.float64(1), T.exp(gap / temperature))
     running_sum(sums, T.bind(T.if_then_else(t < keep, weight, T.float64(0))), t)
-    with cuda.when(t == 0):
-        cuda.store(found, keep - 1, 0)
-        cuda.store(found, keep - 1, 1)
-    cuda.sync()
+
+    def first(holds: Expr) -> Expr:
+        """The lowest thread for which it does, else the last candidate. Several may follow one for
+        which it does not: sums of a tree fall by a rounding where the weights are tiny."""
+        latest = scratch.reduce(T.bind(T.if_then_else(holds, THREADS - t, 0)), "max")
+        return T.bind(T.if_then_else(latest > 0, THREADS - latest, keep - 1))
+
     enough = T.bind(top_p * sums[keep - 1])
-    reaches = T.bind(T.And(t < keep, sums[t] >= enough))
-    is_first = T.bind(T.Or(t == 0, sums[T.max(t - 1, 0)] < enough))
-    with cuda.when(T.And(reaches, is_first)):
-        cuda.store(found, t, 0)
-    cuda.sync()
-    last = T.bind(found[0])
+    last = first(T.And(t < keep, sums[t] >= enough))
     drawn = T.bind(uniform * sums[last])
-    passes = T.bind(T.And(t <= last, sums[t] > drawn))
-    is_first_to_pass = T.bind(T.Or(t == 0, sums[T.max(t - 1, 0)] <= drawn))
-    cuda.sync()
-    with cuda.when(T.And(passes, is_first_to_pass)):
-        cuda.store(found, t, 1)
-    cuda.sync()
+    chosen = first(T.And(t <= last, sums[t] > drawn))
     with cuda.when(t == 0):
-        cuda.store(out, token_of(entries[found[1]]), m)
+        cuda.store(out, token_of(entries[chosen]), m)
 
 
 def kernel(vocab: int, target: GpuTarget) -> PrimFunc:
@@ -160,7 +153,6 @@ def kernel(vocab: int, target: GpuTarget) -> PrimFunc:
         largest = T.bind(scratch.reduce(best[0], "max"))
         entries = cuda.shared("int64", LISTED)
         sums = cuda.shared("float64", THREADS)
-        found = cuda.shared("int32", 2)
         for half in range(LISTED // THREADS):
             cuda.store(entries, T.int64(LAST), half * THREADS + t)
         cuda.store(entries, best[0], t)
@@ -174,7 +166,8 @@ def kernel(vocab: int, target: GpuTarget) -> PrimFunc:
         candidates = T.bind(T.max(T.min(keep, THREADS), 1))
         heat = T.bind(T.max(T.cast(temperature[m], "float64"), cuda.float64(1e-300)))
         share = T.bind(T.cast(top_p[m], "float64"))
-        draw(out, entries, sums, found, m, t, candidates, heat, share, T.bind(uniform[m]))
+        u = T.bind(uniform[m])
+        draw(out, entries, sums, m, t, candidates, heat, share, u, scratch)
         with cuda.when(t == 0):
             with cuda.when(too_many):
                 cuda.store(out, T.int64(TOO_MANY), m)
