@@ -19,7 +19,7 @@ from compiler.progress import BuildProgress
 from compiler.tuning.lookup import Lookup, default_roots
 from model.checkpoint import CheckpointError, IntegerWeights
 from model.config import ModelConfig
-from schedules.targets import TargetSpec
+from schedules.targets import TargetSpec, why_not_fp4
 
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy")
 
@@ -39,6 +39,9 @@ def assemble(
     lookup = find_records(target, records)
     for note in lookup.notes:
         progress.say(f"records: {note}")
+    is_fp4 = model.variant == "a4.8" and model.activation_format == "fp4"
+    if is_fp4 and (told := why_not_fp4(target)):
+        progress.say(told)
     with using(target, lookup) as kernels, target.to_tvm():
         with progress.phase("export"):
             exported = export_model(model)

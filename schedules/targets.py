@@ -63,6 +63,7 @@ class GpuTarget(TargetSpec):
     num_multiprocessors: int  # what grids are balanced for
     shared_bytes: int  # of one block, opted in
     l2_bytes: int
+    has_int4_units: bool  # mma of s4 is an instruction of every arch
     warp_lanes: int = 32
 
     def needs(self) -> dict[str, object]:
@@ -82,7 +83,8 @@ def gpu(
     num_multiprocessors: int,
     shared_kib: int,
     l2_mib: int,
-    families: tuple[str, ...] = ("cuda",),
+    families: tuple[str, ...] = ("sm80", "cuda"),
+    has_int4_units: bool = False,
 ) -> GpuTarget:
     """A row for CUDA. TVM is told the first arch: only nvcc, which gets all, uses it."""
     tvm = {
@@ -101,6 +103,7 @@ def gpu(
         num_multiprocessors=num_multiprocessors,
         shared_bytes=shared_kib * 1024,
         l2_bytes=l2_mib * 2**20,
+        has_int4_units=has_int4_units,
     )
 
 
@@ -226,15 +229,19 @@ TARGETS: dict[str, TargetSpec] = {
         arm_board("arm-apple-m2", "apple-m2", (*ARM_I8MM, *ARM_8_2, "bf16"), 128, 4096),
         # Multiprocessors and L2 of the arch's best-known chip; shared memory a block may opt in.
         # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
-        gpu("cuda-sm80", ("sm_80",), 108, 163, 40),  # A100
-        gpu("cuda-sm86", ("sm_86",), 84, 99, 6),  # A40, RTX 3090
-        gpu("cuda-sm89", ("sm_89",), 142, 99, 96),  # L40, RTX 4090
+        gpu("cuda-sm80", ("sm_80",), 108, 163, 40, has_int4_units=True),  # A100
+        gpu("cuda-sm86", ("sm_86",), 84, 99, 6, has_int4_units=True),  # A40, RTX 3090
+        gpu("cuda-sm89", ("sm_89",), 142, 99, 96, has_int4_units=True),  # L40, RTX 4090
         gpu("cuda-sm90", ("sm_90a",), 132, 227, 50, families=("sm90", "cuda")),  # H100, H200
         gpu("cuda-sm100", ("sm_100",), 148, 227, 126),  # B200
-        # What `cuda` means where no GPU is: one library for all of the above
+        # What `cuda` means where no GPU is: one library for all of the above, in kernels that suit
+        # all: INT4 as bytes, since s4 is emulated from sm_90 on
         gpu("cuda-fat", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"), 108, 99, 6),
     )
 }
+
+
+FP4_ARCH = "sm_100"  # multiplies E2M1: by tcgen05 alone; mma.sync of it needs sm_120
 
 
 def detect_native(machine: str, cpu_flags: Collection[str]) -> CpuTarget:
@@ -296,6 +303,16 @@ def why_cuda(found: TargetSpec) -> str:
     here = compute_capability()
     gpu = "no GPU here" if here is None else f"a GPU of compute capability {here[0]}.{here[1]} here"
     return f"{gpu}, building {found.name} for {', '.join(needs)}"
+
+
+def why_not_fp4(target: TargetSpec) -> str | None:
+    """What becomes of FP4 activations on GPUs that multiply FP4; None where none does."""
+    if not isinstance(target, GpuTarget) or FP4_ARCH not in target.archs:
+        return None
+    return (
+        f"fp4: activations run as INT8 codes of twice the grid, which is exact; the FP4 units of "
+        f"{FP4_ARCH} are not used: they sum in float32 in an order and width that is not specified"
+    )
 
 
 def find(name: str) -> TargetSpec:

@@ -135,6 +135,9 @@ class Scratch:
 
     def share(self, partial: Expr) -> Callable[[Expr | int], Expr]:
         """Every warp's partial value, by warp; the lane that holds it is the last."""
+        if self.warps == 1:  # also within a loop, where the first use follows the last one
+            only = T.bind(shuffle(partial, WARP - 1))
+            return lambda warp: only
         if self.is_used:
             sync()
         self.is_used = True
@@ -256,6 +259,15 @@ def multiply(
     """acc[first : first + 4] += a . b: 16 x 32 bytes, signed or unsigned, times 32 x 8 signed."""
     c = [acc[first + i] for i in range(4)]
     ptx(f"mma.sync.aligned.m16n8k32.row.col.s32.{dtype}.s8.s32", *c, *a, *b, *c)
+
+
+def multiply_int4(acc: Buffer, first: int, a: Sequence[Expr], b: Sequence[Expr]) -> None:
+    """acc[first : first + 4] += a . b: 16 x 64 signed nibbles times 64 x 8.
+
+    One instruction of sm_80 to sm_89; later archs unpack and multiply bytes, 190 instructions.
+    """
+    c = [acc[first + i] for i in range(4)]
+    ptx("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32", *c, *a, *b, *c)
 
 
 def swizzled_matrix(address: Expr) -> Expr:

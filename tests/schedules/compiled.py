@@ -74,10 +74,14 @@ def every_cpu(folder: str) -> list[TargetSpec]:
     return [r for r in CPU_ROWS if r in emulated.values() or r in distinct.values()]
 
 
+def every_gpu(folder: str) -> list[TargetSpec]:
+    """A row for each family that has a file in an op's folder."""
+    return list({family(folder, spec): spec for spec in GPU_ROWS}.values())
+
+
 def every_target(folder: str) -> list:
-    """Rows to run an op's kernels for: CPUs, and a GPU for each family with a file for the op."""
-    gpus = {family(folder, spec): spec for spec in GPU_ROWS}
-    return params([*every_cpu(folder), *gpus.values()])
+    """pytest's parameters: the rows to run an op's kernels for."""
+    return params([*every_cpu(folder), *every_gpu(folder)])
 
 
 # For what a kernel is embedded in, and is run by this process itself

@@ -8,7 +8,7 @@ import pytest
 
 from compiler.kernels import Choice, Schedule, families_of, knobs_of
 from schedules.layouts import LAYOUTS
-from schedules.targets import TARGETS, CpuTarget
+from schedules.targets import TARGETS, TargetSpec
 from tests.schedules.compiled import compiled, why_not
 from tests.schedules.matmul_reference import (
     activations,
@@ -32,7 +32,7 @@ class Case:
     sparse: bool = False
     k: int = K
 
-    def build(self, choice: Choice, target: CpuTarget):
+    def build(self, choice: Choice, target: TargetSpec):
         schedule = Schedule(self.folder, choice)
         return schedule.kernel(N, self.k, *self.kernel_args, target, *self.kernel_end)
 
@@ -45,27 +45,32 @@ CASES = (
 )
 
 
+def name(target: TargetSpec, family: str) -> str:
+    """As `-k cuda` finds it."""
+    return f"cuda-{family}" if target.needs()["device"] == "cuda" else family
+
+
 def families() -> list:
     """(case, target, family) of every family that has knobs, for the first target of it."""
     found = {}
     for case in CASES:
         for target in TARGETS.values():
             for family in families_of(case.folder, target.families):
-                if isinstance(target, CpuTarget) and knobs_of(case.folder, family):
+                if knobs_of(case.folder, family):
                     found.setdefault((case, family), target)
     return [
         pytest.param(
             case,
             target,
             family,
-            id="-".join((case.folder, *case.kernel_end, str(case.act_bits), family)),
+            id="-".join((case.folder, *case.kernel_end, str(case.act_bits), name(target, family))),
             marks=pytest.mark.skipif(bool(why_not(target)), reason=str(why_not(target))),
         )
         for (case, family), target in found.items()
     ]
 
 
-def covering(case: Case, target: CpuTarget, family: str) -> Iterator[tuple[Choice, object]]:
+def covering(case: Case, target: TargetSpec, family: str) -> Iterator[tuple[Choice, object]]:
     """Choices and kernels in which each value appears that a kernel of this form can have."""
     knobs = knobs_of(case.folder, family)
     default = {name: values[0] for name, values in knobs.items()}

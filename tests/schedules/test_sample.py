@@ -1,21 +1,21 @@
 """sample on a GPU against runtime/sampler.py: the same tokens for the same uniform numbers."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from runtime.sampler import Sampler
 from schedules.sample.cuda import NOT_FINITE, THREADS, TOO_MANY, kernel
-from schedules.targets import TargetSpec, compute_capability, detect_gpu
-from tests.schedules.compiled import compiled
+from tests.schedules.compiled import compiled, every_gpu, params
 
-CAPABILITY = compute_capability()
-pytestmark = pytest.mark.skipif(CAPABILITY is None, reason="needs a GPU and its driver")
+pytestmark = pytest.mark.parametrize("target", params(every_gpu("sample")))
 VOCAB = 5000
 
 
-@pytest.fixture
-def target() -> TargetSpec:
-    return detect_gpu(CAPABILITY)
+@functools.cache
+def built(target):
+    return compiled(kernel(VOCAB, target), target)
 
 
 def drawn(target, logits, temperature, top_k, top_p, uniform) -> np.ndarray:
@@ -24,8 +24,7 @@ def drawn(target, logits, temperature, top_k, top_p, uniform) -> np.ndarray:
         np.full(m, value, dtype)
         for value, dtype in ((temperature, "f4"), (top_k, "i4"), (top_p, "f4"))
     ]
-    call = compiled(kernel(logits.shape[1], target), target)
-    return call(logits, *settings, uniform, np.full(m, -9, np.int64))[-1]
+    return built(target)(logits, *settings, uniform, np.full(m, -9, np.int64))[-1]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from schedules.targets import TARGETS, CpuTarget, detect_gpu, detect_native, find
+from schedules.targets import TARGETS, CpuTarget, detect_gpu, detect_native, find, why_not_fp4
 
 AVX2_HOST = ["sse2", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"]
 AVX512_HOST = [*AVX2_HOST, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]
@@ -72,3 +72,8 @@ def test_detect_gpu(capability, name):
 def test_detect_gpu_names_the_gpu_it_has_no_row_for():
     with pytest.raises(ValueError, match=r"compute capability 5\.2.*possible: cuda-sm80"):
         detect_gpu((5, 2))
+
+
+def test_where_fp4_has_units_that_are_not_used():
+    told = {name for name, row in TARGETS.items() if why_not_fp4(row)}
+    assert told == {"cuda-sm100", "cuda-fat"}

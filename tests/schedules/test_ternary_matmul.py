@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tvm import relax
 
 from schedules.layouts import LAYOUTS
-from tests.schedules.compiled import NATIVE_TARGETS, every_target
+from tests.schedules.compiled import NATIVE_TARGETS, every_gpu, every_target, params
 from tests.schedules.matmul_reference import (
     KINDS,
     ROWS,
@@ -72,6 +72,18 @@ def test_glu(target, act_bits, n, k):
         g = np.maximum(gate, np.float32(0))
         expected = (g * g) * (exact_sum(q, w) * (scale[:, None] * w_scale))
         np.testing.assert_array_equal(run((q, scale), w, w_scale, gate), expected)
+
+
+@pytest.mark.parametrize("target", params(every_gpu("ternary_matmul")))
+@ACT_BITS
+@pytest.mark.parametrize("n, k", [(14000, 80), (64, 144)])
+def test_forms_for_prompts(target, act_bits, n, k):
+    """Rows of weights enough to fill the chip, and not: both sides of every threshold in M."""
+    run, w = ternary_matmul(target, n, k, act_bits, "scale"), weights("random", n, k)
+    for m in (16, 17, 64, 65, 128, 129, 257):
+        q, (scale, w_scale) = activations("random", m, k, act_bits, seed=m), scales(m, n)
+        expected = exact_sum(q, w) * (scale[:, None] * w_scale)
+        np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
 
 
 BATCH = st.tuples(st.integers(1, 40), st.integers(0, 999))  # m, seed
