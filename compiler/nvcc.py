@@ -38,6 +38,19 @@ def find_nvcc(target: GpuTarget) -> str:
     )
 
 
+def require(target: GpuTarget) -> None:
+    """Refuses an nvcc that cannot compile an empty kernel for the target: an old one, for one."""
+    nvcc = find_nvcc(target)
+    try:
+        compile_fat("__global__ void nothing() {}", target.archs, nvcc)
+    except RuntimeError as error:
+        reasons = [line for line in str(error).splitlines()[1:] if line.strip()]
+        raise BuildError(
+            f"nvcc: {target.name} asks for {', '.join(target.archs)}; {nvcc} says: "
+            f"{reasons[0] if reasons else 'nothing'}; possible: CUDA 13.0 or later, with g++"
+        ) from error
+
+
 def gencode(archs: Sequence[str]) -> list[str]:
     """Machine code for each arch; PTX of the last one too, for GPUs to come.
 

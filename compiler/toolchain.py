@@ -4,8 +4,8 @@ import platform
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 
+from compiler import nvcc
 from compiler.config import BuildError
-from compiler.nvcc import compiling_for, find_nvcc
 from schedules.targets import CpuTarget, GpuTarget, TargetSpec
 
 LINKERS = ("gcc", "cc", "clang")
@@ -44,11 +44,11 @@ def find_cross_linker(target: str, machine: str) -> str:
 def require_device_compiler(target: TargetSpec) -> None:
     """Refuses before the long phases what `device_compiler` could not do after them."""
     if isinstance(target, GpuTarget):
-        find_nvcc(target)
+        nvcc.require(target)
 
 
 def device_compiler(target: TargetSpec) -> AbstractContextManager[None]:
     """What TVM compiles device code with, for as long as the block runs."""
     if isinstance(target, GpuTarget):
-        return compiling_for(target, find_nvcc(target))
+        return nvcc.compiling_for(target, nvcc.find_nvcc(target))
     return nullcontext()

@@ -18,6 +18,7 @@ from runtime import host, tvm_runtime
 from runtime.errors import ArtifactError, RuntimeRefusal
 
 PAGE_BYTES = 4096
+REASON = 200  # characters of what TVM says that are passed on
 Wanted = Sequence[tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of each tensor
 
 
@@ -44,6 +45,9 @@ class Device(Protocol):
 
     def end_prompt(self) -> None:
         """Called when the row count is about to change for good."""
+
+    def why(self, reason: str) -> str | None:
+        """A refusal for what TVM said of a step, if the device is the reason."""
 
 
 class Cpu:
@@ -86,6 +90,9 @@ class Cpu:
     def end_prompt(self) -> None:
         tvm_runtime.free_unused_memory()
 
+    def why(self, reason: str) -> str | None:
+        return None
+
 
 class Cuda:
     """The first GPU. Refuses where there is none, or none that the library was built for."""
@@ -105,20 +112,31 @@ class Cuda:
                 f"capability {capability}; possible: build with --target cuda on this host"
             )
         self._inputs: dict[tuple, list[Any]] = {}
+        self._parts: dict[str, int] = {}
 
     def require(self, parts: dict[str, int]) -> None:
-        free, total = self.handle.available_global_memory, sum(parts.values())
-        if free is not None and total > free:
-            needs = ", ".join(f"{name} {host.show_bytes(size)}" for name, size in parts.items())
-            raise RuntimeRefusal(
-                f"GPU memory: {host.show_bytes(total)} needed ({needs}), "
-                f"{host.show_bytes(free)} free; possible: fewer slots, a shorter context, fewer "
-                "kv-bits"
-            )
+        self._parts = dict(parts)
+        free = self.handle.available_global_memory
+        if free is not None and sum(parts.values()) > free:
+            raise RuntimeRefusal(self._too_little())
+
+    def _too_little(self) -> str:
+        free = self.handle.available_global_memory
+        needs = ", ".join(f"{name} {host.show_bytes(size)}" for name, size in self._parts.items())
+        return (
+            f"GPU memory: {host.show_bytes(sum(self._parts.values()))} needed ({needs}), "
+            f"{'an unknown part' if free is None else host.show_bytes(free)} free; possible: fewer "
+            "slots, a shorter context, fewer kv-bits, or to end what else runs on the GPU"
+        )
 
     def place(self, arrays: Iterable[np.ndarray]) -> list[Any]:
         tensor = tvm_runtime.load().runtime.tensor
-        return [tensor(array, self.handle) for array in arrays]
+        try:
+            return [tensor(array, self.handle) for array in arrays]
+        except (RuntimeError, MemoryError) as error:  # another process was quicker
+            reason = " ".join(str(error).split())[-REASON:]
+            refusal = self.why(reason) or f"device: cannot place a tensor on the GPU: {reason}"
+            raise RuntimeRefusal(refusal) from error
 
     def zeros(self, wanted: Wanted) -> list[Any]:
         return self.place(np.zeros(shape, dtype) for dtype, shape in wanted)
@@ -144,6 +162,15 @@ class Cuda:
 
     def end_prompt(self) -> None:
         """What the pool holds is of constant size (compiler/passes/bound_rows.py) and stays."""
+
+    def why(self, reason: str) -> str | None:
+        lower = reason.lower()
+        if "captur" in lower:
+            return (
+                "decode: the step cannot be captured as a CUDA graph, because its pool of memory "
+                f"had to grow meanwhile: {reason}; possible: build it again"
+            )
+        return self._too_little() if "out of memory" in lower else None
 
 
 def runs_on(arch: str, capability: str, has_ptx: bool) -> bool:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from runtime import host, tvm_runtime
 from runtime.artifact import Artifact
-from runtime.device import open_device
+from runtime.device import REASON, open_device
 from runtime.errors import ArtifactError, RuntimeRefusal, require_whole
 from runtime.generation import Generation
 from runtime.kv_cache import KVCache
@@ -219,7 +219,9 @@ class Engine:
                 tvm_runtime.fill_pool(self._module, f"decode_kv{self.kv_bits}", arguments)
             return self._functions[name](*arguments)
         except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
-            reason = " ".join(str(error).split())[-200:]
+            reason = " ".join(str(error).split())[-REASON:]
+            if refusal := self._device.why(reason):
+                raise RuntimeRefusal(refusal) from error
             raise ArtifactError(
                 f"artifact {self.artifact.path}: its library refuses the parameters or caches "
                 f"that artifact.json and config.json describe: {reason}; possible: build it again"

@@ -139,6 +139,13 @@ def test_no_linker(checkpoint, tmp_path, capsys, monkeypatch):
     assert_refused(capsys, tmp_path / "out", options, "found none of gcc, cc, clang on the PATH")
 
 
+def test_no_nvcc(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "gcc").symlink_to(shutil.which("gcc") or "gcc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = ["--model", str(checkpoint), "--target", "cuda-sm86"]
+    assert_refused(capsys, tmp_path / "out", options, "nvcc: cuda-sm86 needs it to compile")
+
+
 def test_dump_that_is_a_file(checkpoint, tmp_path, capsys):
     (tmp_path / "file").touch()
     options = ["--model", str(checkpoint), "--debug-dump", str(tmp_path / "file")]

@@ -8,7 +8,7 @@ import tvm_ffi
 from tvm.script import tirx as T
 
 from compiler.config import BuildError
-from compiler.nvcc import compile_fat, compiling_for, find_nvcc, gencode
+from compiler.nvcc import compile_fat, compiling_for, find_nvcc, gencode, require
 from runtime import device_code, tvm_runtime
 from schedules.targets import TARGETS
 
@@ -39,6 +39,26 @@ def test_no_nvcc(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BuildError, match="cuda-sm90 needs it to compile for sm_90a, found none"):
         find_nvcc(TARGETS["cuda-sm90"])
+
+
+def test_nvcc_too_old_for_the_target(monkeypatch, tmp_path):
+    script = tmp_path / "nvcc"
+    script.write_text(
+        "#!/bin/sh\necho \"nvcc fatal   : Unsupported gpu architecture 'x'\" >&2; exit 1"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(
+        BuildError,
+        match=r"nvcc: cuda-sm100 asks for sm_100; .*/nvcc says: nvcc fatal   : Unsupported gpu "
+        r"architecture 'x'; possible: CUDA 13\.0 or later",
+    ):
+        require(TARGETS["cuda-sm100"])
+
+
+@needs_nvcc
+def test_nvcc_that_can():
+    require(TARGETS["cuda-sm90"])
 
 
 @needs_nvcc

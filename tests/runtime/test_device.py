@@ -86,6 +86,34 @@ def test_too_little_memory_is_told_by_part(fake_gpu):
         gpu.require({"weights": GIB, "KV cache": GIB // 2})
 
 
+def test_memory_that_is_gone_when_it_is_asked_for(fake_gpu, monkeypatch):
+    """Another process took it after it was weighed."""
+    fake_gpu(free=GIB)
+    gpu = Cuda(["sm_90a"])
+    gpu.require({"weights": GIB // 2})
+
+    def full(array, device):
+        raise RuntimeError("InternalError: CUDA: out of memory")
+
+    monkeypatch.setattr(tvm_runtime.load().runtime, "tensor", full)
+    with pytest.raises(RuntimeRefusal, match=r"GPU memory: 537 MB needed \(weights 537 MB\)"):
+        gpu.place([np.zeros(1)])
+
+
+@pytest.mark.parametrize(
+    "reason, refusal",
+    [
+        ("CUDA: out of memory", "GPU memory: 0 B needed"),
+        ("operation not permitted when stream is capturing", "decode: the step cannot be captured"),
+        ("expects 3 arguments", None),
+    ],
+)
+def test_what_a_step_met(fake_gpu, reason, refusal):
+    fake_gpu()
+    found = Cuda(["sm_90a"]).why(reason)
+    assert found is None if refusal is None else found and found.startswith(refusal)
+
+
 def test_inputs_keep_their_tensors(fake_gpu):
     """A captured graph reads the addresses of its first call."""
     fake_gpu()
