@@ -1,0 +1,105 @@
+"""What a GPU's figures rest on: the ops' tests there, and compute-sanitizer over the same kernels.
+
+Tests are run as a user would: `pytest ... -k cuda` picks the GPU's rows. A sanitizer makes kernels
+10 to 100 times slower, so it gets one process a test file, and of each file the tests that reach
+every kernel and form (SANITIZED) on few shapes.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TESTS = ("tests/schedules", "tests/compiler/test_pipeline.py")
+GPU_ROWS = "cuda and not test_cuda.py"  # test_cuda.py compiles, and needs no GPU
+TOOLS = ("memcheck", "racecheck")
+TOOLKIT = Path("/usr/local/cuda/bin")
+# file of tests/schedules -> the tests of it that a sanitizer watches; those that take longest first
+SANITIZED = {
+    "ternary_matmul": "test_glu or test_forms_for_prompts",
+    "rms_norm_topk": "test_matches_definition or test_ties_go_to_the_lower_index",
+    "attention": "test_split or test_mixed or test_unwritten or test_sharp or test_prompts",
+    "knobs": "test_same_bits",
+    "int8_matmul": "test_shapes",
+    "sparse_ternary_matmul": "test_",
+    "float_matmul": "test_shapes",
+    "kv_append": "test_matches_definition",
+    "rms_norm": "test_matches_definition",
+    "sample": "test_ties or test_what or test_no_number or 40-1.0 or 7-0.01",
+    "rope": "test_",
+    "embedding": "test_matches_definition",
+}
+
+
+class CheckError(RuntimeError):
+    """A check that cannot be run; one line."""
+
+
+def run_tests(processes: int) -> str:
+    """pytest's last line; CheckError with the failures where it is not green."""
+    command = [sys.executable, "-m", "pytest", *TESTS, "-k", GPU_ROWS, "-n", str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
+    if done.returncode:
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        raise CheckError(f"tests: {'; '.join([lines[-1], *failed[:20]])}")
+    return lines[-1]
+
+
+def find_sanitizer() -> str:
+    if path := shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{TOOLKIT}"):
+        return path
+    raise CheckError(
+        f"sanitize: found no compute-sanitizer on the PATH or in {TOOLKIT}; possible: install the "
+        "CUDA toolkit's cuda-sanitizer"
+    )
+
+
+def sanitize(tools: Sequence[str], processes: int) -> dict[str, str]:
+    """Tool -> its summaries of all files in one line. What it complained of goes to stderr."""
+    program = find_sanitizer()
+    with tempfile.TemporaryDirectory(prefix="bitnet-sanitize-") as name:
+        jobs = [(tool, file) for file in SANITIZED for tool in tools]
+        with ThreadPoolExecutor(processes) as pool:
+            logs = list(pool.map(lambda job: watch(program, *job, Path(name)), jobs))
+    found: dict[str, str] = {}
+    for tool in tools:
+        of_tool = [log for (other, _), log in zip(jobs, logs, strict=True) if other == tool]
+        found[tool] = summarize(of_tool)
+    return found
+
+
+def watch(program: str, tool: str, file: str, directory: Path) -> str:
+    """A test file under a tool: the tool's log."""
+    log = directory / f"{tool}-{file}.log"
+    tests = [f"tests/schedules/test_{file}.py", "-k", f"{GPU_ROWS} and ({SANITIZED[file]})"]
+    options = ["--tool", tool, "--target-processes", "application-only", "--log-file", str(log)]
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run([program, *options, *pytest], capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = " ".join(done.stdout.strip().splitlines()[-3:])
+        raise CheckError(f"sanitize: {tool} of {file}: {tail}")
+    text = log.read_text(errors="replace")
+    complaints = re.sub(r"(?m)^=+ ?", "", text).strip().splitlines()
+    if len(complaints) > 2:  # its title and its summary
+        print(f"{tool} {file}", *complaints[:200], sep="\n  ", file=sys.stderr, flush=True)
+    return text
+
+
+def summarize(logs: Sequence[str]) -> str:
+    """The numbers of all summaries, added: '12 files: 0 errors'."""
+    totals: dict[str, int] = {}
+    for log in logs:
+        (summary,) = re.findall(r"SUMMARY: (.*)", log)
+        for count, what in re.findall(r"(\d+) (hazard|error|warning)", summary):
+            totals[what] = totals.get(what, 0) + int(count)
+    return f"{len(logs)} files: " + ", ".join(f"{n} {what}s" for what, n in totals.items())
+
+
+def is_clean(summary: str) -> bool:
+    return re.search(r"[1-9]\d* (hazard|error|warning)", summary) is None
