@@ -242,9 +242,10 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         peer = None if row.kernel.startswith("ggml") else best_peer(rows, row)
         ratio = f"{row.instructions / peer.instructions:.2f}" if peer else ""
-        count = f"{row.instructions:.4f}"
-        some = [row.level, row.kernel, str(row.act_bits), str(row.m), count, ratio, str(row.loop)]
-        lines.append([*some, *(f"{row.cycles.get(core, float('nan')):.4f}" for core in CORES)])
+        count, loop = f"{row.instructions:.4f}", str(row.loop or "")
+        some = [row.level, row.kernel, str(row.act_bits), str(row.m), count, ratio, loop]
+        found = (row.cycles.get(core) for core in CORES)
+        lines.append([*some, *(f"{c:.4f}" if c else "" for c in found)])
     rule = ["---"] * len(lines[0])
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
@@ -286,8 +287,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-m", type=int, default=64, help="many rows (default: %(default)s)")
     parser.add_argument("-o", type=Path, default=Path("."), metavar="DIR", help="of json and svg")
     args = parser.parse_args(argv)
+    if min(args.n, args.k, args.m) < 1:
+        parser.error(f"n, k, m: asked for {args.n}, {args.k}, {args.m}; possible: 1 and more")
     if reason := emulator.missing():
         parser.error(reason)
+    try:
+        args.o.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"o: cannot write to {args.o} ({error.strerror}); possible: a directory")
     mca = next((path for name in LLVM_MCA if (path := shutil.which(name))), None)
     print(f"cycles by {mca or 'nothing: found no llvm-mca; apt-get install llvm'}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="bitnet-counts-") as name:
@@ -299,7 +306,6 @@ def main(argv: list[str] | None = None) -> int:
         others = [*other_rows(args.n, args.k, plugin)]
     rows.sort(key=lambda row: ([*LEVELS].index(row.level), row.m, row.instructions))
     print(table(rows), table(others), sep="\n\n")
-    args.o.mkdir(parents=True, exist_ok=True)
     (args.o / "arm_counts.json").write_text(
         json.dumps([asdict(row) for row in rows + others], indent=1)
     )

@@ -26,6 +26,8 @@ from typing import Any
 
 from benchmarks.worker import Worker, WorkerError
 from command_line import Parser
+from runtime.artifact import Artifact
+from runtime.errors import ArtifactError
 
 HERE = Path(__file__).resolve().parent
 OURS, PEERS = "ours", ("TQ2_0", "TQ1_0")
@@ -357,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
+        Artifact.open(options.artifact, verify=False)  # one for another machine is refused first
         bench = Bench(options)
         try:
             measure_stream(bench)
@@ -371,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(bench)
         finally:
             bench.close()
-    except (WorkerError, OSError) as error:
+    except (WorkerError, ArtifactError, OSError) as error:
         print(f"benchmarks.cpu: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -30,6 +30,9 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line for the user."""
 
 
+MAX_COLUMNS = 2**17  # of a matmul: sums of 64 w q, of codes 2 * 64 too, and of INT8 by INT8
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One model. Sizes are in elements; `head_dim` 0 means hidden_size / num_attention_heads."""
@@ -86,6 +89,12 @@ class ModelConfig:
                 self._require(
                     value > 0, f"{field.name} must be a positive integer, found {value!r}"
                 )
+        for name in ("hidden_size", "intermediate_size"):
+            found = getattr(self, name)
+            self._require(
+                found < MAX_COLUMNS,
+                f"{name} is {found}; possible: below {MAX_COLUMNS}, what int32 sums hold",
+            )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         self._require(
             heads % kv_heads == 0,

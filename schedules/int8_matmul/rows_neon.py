@@ -31,7 +31,6 @@ from schedules.targets import CpuTarget
 LANES = 16
 WIDE = 4  # rows of the table, and of activations, of the tile for M > 1
 KNOBS = {"streams": (4, 8, 2)}
-Product = Callable[[Expr, Expr, Expr], Expr]  # (int32x4 sums, int8x16, int8x16) -> int32x4 sums
 
 
 def long_product(sums: Expr, a: Expr, b: Expr) -> Expr:
@@ -51,7 +50,7 @@ def copy_rows(qs, q, m, rows, height, k):
                 T.buffer_store(qs, T.int8(0), [r, i])
 
 
-def lane_sums(lanes, w, qs, n, r, k, streams: int, rows: int, product: Product):
+def lane_sums(lanes, w, qs, n, r, k, streams: int, rows: int, product: neon.Dot):
     """lanes[stream * rows + row, 4] = sums over the whole vectors of K"""
     clear(lanes, streams * rows, "int32", 4)
     with T.serial(k // LANES) as v:
@@ -64,7 +63,7 @@ def lane_sums(lanes, w, qs, n, r, k, streams: int, rows: int, product: Product):
                 store(lanes, at, 0, value=value, lanes=4)
 
 
-def tile(output, w, qs, n, m0, r, height, k, streams: int, rows: int, product: Product):
+def tile(output, w, qs, n, m0, r, height, k, streams: int, rows: int, product: neon.Dot):
     """out of `streams` rows of the table and `rows` rows from m0 + r on, of which `height` exist"""
     lanes = T.alloc_buffer((streams * rows, 4), "int32", scope="local")
     rest = T.alloc_buffer((1,), "int32", scope="local")
@@ -89,7 +88,7 @@ def rows_of_table(first, last, streams: int, body: Callable) -> None:
         body(last - 1 - j, 1)
 
 
-def kernel(n: int, k: int, target: CpuTarget, product: Product, *, streams: int = 4) -> PrimFunc:
+def kernel(n: int, k: int, target: CpuTarget, product: neon.Dot, *, streams: int = 4) -> PrimFunc:
     end = EPILOGUES["scale"]
     tile_m = max(WIDE, target.l2_bytes // 2 // k // WIDE * WIDE)
     rows = Var("M", "int64")

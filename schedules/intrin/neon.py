@@ -38,11 +38,6 @@ def dot(sums: Expr, a: Expr, b: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot", sums, a, b)
 
 
-def dot_unsigned(sums: Expr, a: Expr, b: Expr) -> Expr:
-    """udot (dotprod): the same of uint8 in uint32."""
-    return T.call_llvm_pure_intrin("uint32x4", "llvm.aarch64.neon.udot", sums, a, b)
-
-
 def multiply_pairs(sums: Expr, a: Expr, b: Expr) -> Expr:
     """smmla (i8mm): the 2 x 2 int32 product of two rows of 8 bytes by two rows of 8, added."""
     return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.smmla", sums, a, b)
@@ -51,11 +46,6 @@ def multiply_pairs(sums: Expr, a: Expr, b: Expr) -> Expr:
 def multiply_long(a: Expr, b: Expr) -> Expr:
     """smull: int16x8 of the products of int8x8."""
     return T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.smull", a, b)
-
-
-def multiply_long_unsigned(a: Expr, b: Expr) -> Expr:
-    """umull: uint16x8 of the products of uint8x8."""
-    return T.call_llvm_pure_intrin("uint16x8", "llvm.aarch64.neon.umull", a, b)
 
 
 def add_pairs_long(words: Expr) -> Expr:

@@ -13,7 +13,7 @@ the multiplying instruction takes them, and serve all rows of a tile; a `Form` i
     form  | R x J  | instruction            | products each, instructions a product with loads
     DOT   | 4 x 16 | sdot (dotprod)         | 16, 0.07
     PAIRS | 8 x 8  | smmla (i8mm)           | 32, 0.05
-    LONG  | 4 x 32 | smlal, smlal2          | 8, 0.17; sums of int16, drained every 127 columns
+    LONG  | 4 x 32 | smlal, smlal2          | 8, 0.17; sums of int16, drained every 124 columns
 """
 
 from collections.abc import Callable

@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ PROGRAMS = {  # program: Debian package
 LIBRARIES = "/usr/aarch64-linux-gnu"  # where the cross compiler's package has the C library
 # The least CPU that has a family's instructions: one too new for it is a fault and not a surprise.
 CPUS = {"neon": "cortex-a72", "dotprod": "cortex-a76"}
+CALL_SECONDS = 300  # until a kernel counts as hanging; the slowest takes some 10
 # DLPack's codes of numpy's kinds
 CODES = {"i": 0, "u": 1, "f": 2}
 
@@ -79,6 +81,8 @@ class Emulator:
         """The arrays as the library's kernel left them."""
         process = self.start()
         assert process.stdin and process.stdout
+        watchdog = threading.Timer(CALL_SECONDS, process.kill)
+        watchdog.start()
         try:
             path = os.fsencode(library)
             process.stdin.write(struct.pack("<I", len(path)) + path)
@@ -94,6 +98,8 @@ class Emulator:
             found = [np.frombuffer(self.read(a.nbytes), a.dtype) for a in arrays]
         except (BrokenPipeError, EOFError):
             raise RuntimeError(f"{self.cpu}: {self.obituary()}") from None
+        finally:
+            watchdog.cancel()
         return [f.reshape(a.shape) for f, a in zip(found, arrays, strict=True)]
 
     def stop(self) -> str:

@@ -4,9 +4,10 @@
 //   qemu-aarch64 -L /usr/aarch64-linux-gnu runner THREADS
 //
 // It stands in for TVM's runtime, whose aarch64 build takes 20 s to start under qemu where this
-// takes 0.1: parallel regions run on THREADS threads at once, memory ends at a page that faults
-// when touched, and scratch is filled with poison, so that a kernel that reads or writes past an
-// array, or reads scratch it never wrote, does not pass by luck.
+// takes 0.1: parallel regions run on THREADS threads at once, memory, rounded up to 64 bytes, ends
+// at a page that faults when touched, what rounding added is checked for writes, and workspaces are
+// filled with poison, so that a kernel that writes past an array, reads well past it, or reads
+// workspace it never wrote does not pass by luck.
 //
 //   request: str library, u32 count, array[count]      array: u8 code, u8 bits, u32 ndim,
 //   reply:   str error, and without one bytes[count]          i64 shape[ndim], bytes

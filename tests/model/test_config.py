@@ -118,6 +118,7 @@ def test_left_out_fields_take_transformers_defaults():
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is unknown"),
         ({"activation_format": "fp8"}, "activation_format 'fp8' is unknown"),
         ({"kv_bits": 2}, "kv_bits 2 is unknown; has [16, 4, 3]"),
+        ({"intermediate_size": 2**17}, "intermediate_size is 131072; possible: below 131072"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is unknown"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is unknown"),

@@ -20,31 +20,46 @@ for program in debootstrap qemu-aarch64 aarch64-linux-gnu-gcc dpkg-deb; do
   }
 done
 
-if [ ! -e "$work/.root" ]; then
+[ -x $python ] || { echo "arm.sh: found no $python; possible: make setup" >&2; exit 2; }
+
+if [ ! -e "$root" ]; then
+  [ "$(id -u)" = 0 ] || { echo "arm.sh: debootstrap needs root; possible: sudo $0" >&2; exit 2; }
+  rm -rf "$root.part"
   mkdir -p "$work"
   # The first stage only: packages are unpacked, none is configured, so that nothing need be emulated
-  debootstrap --foreign --arch=arm64 --variant=minbase --include=python3 bookworm "$root" >"$work/debootstrap.log"
-  for package in "$root"/var/cache/apt/archives/*.deb; do dpkg-deb -x "$package" "$root"; done
-  $python -m pip install --quiet --target "$root/opt/bitnet" --only-binary=:all: --python-version 3.11 \
+  debootstrap --foreign --arch=arm64 --variant=minbase --include=python3 bookworm "$root.part" >"$work/debootstrap.log"
+  for package in "$root.part"/var/cache/apt/archives/*.deb; do dpkg-deb -x "$package" "$root.part"; done
+  $python -m pip install --quiet --target "$root.part/opt/bitnet" --only-binary=:all: --python-version 3.11 \
     --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 \
     -c constraints.txt apache-tvm apache-tvm-ffi numpy rich safetensors tokenizers
-  # qemu-user shows the host's; the runtime asks it for the features that an artifact needs
-  mkdir -p "$root/proc"
-  echo "Features : asimd crc32 asimddp i8mm sve sve2" >"$root/proc/cpuinfo"
-  touch "$work/.root"
+  mkdir -p "$root.part/proc"
+  mv "$root.part" "$root"
 fi
 
+# The least CPU that has what the artifact needs, and the features that the runtime then finds: qemu-user
+# shows the host's /proc/cpuinfo unless the root has one.
+cpu_for() {
+  case $1 in
+    arm-neon | arm-pi4) cpu=cortex-a72 features="asimd crc32" ;;
+    arm-dotprod) cpu=cortex-a76 features="asimd crc32 atomics fphp asimdhp asimdrdm lrcpc asimddp" ;;
+    arm-i8mm) cpu=max features="asimd crc32 atomics fphp asimdhp asimdrdm lrcpc asimddp i8mm" ;;
+    *) cpu=max features="asimd crc32 atomics fphp asimdhp asimdrdm lrcpc asimddp i8mm bf16 sve sve2" ;;
+  esac
+  echo "Features : $features" >"$root/proc/cpuinfo"
+}
+
 in_root() {
-  qemu-aarch64 -cpu max -L "$root" -E PYTHONPATH="$root/opt/bitnet:$PWD" -E TVM_NUM_THREADS=2 \
+  qemu-aarch64 -cpu "$cpu" -L "$root" -E PYTHONPATH="$root/opt/bitnet:$PWD" -E TVM_NUM_THREADS=2 \
     "$root/usr/bin/python3.11" "$@"
 }
 
 $python -m compiler.build --head-bits 8 -o "$work/host" >/dev/null
 $python tests/release/greedy.py "$work/host" "$tokens" | tee "$work/host.json"
-for target in arm-neon arm-dotprod arm-i8mm arm-sve2; do
+for target in arm-neon arm-pi4 arm-dotprod arm-i8mm arm-sve2; do
+  cpu_for $target
   $python -m compiler.build --target $target -o "$work/$target" >/dev/null
   in_root tests/release/greedy.py "$work/$target" "$tokens" >"$work/$target.json"
   cmp "$work/host.json" "$work/$target.json"
   echo "$target: the same $tokens tokens and the same logits, KV at 3 and 16 bits"
 done
-in_root -m runtime.generate "$work/arm-i8mm" --temperature 0 -n "$tokens" --prompt "It was a dark evening, and the old house"
+in_root -m runtime.generate "$work/arm-sve2" --temperature 0 -n "$tokens" --prompt "It was a dark evening, and the old house"

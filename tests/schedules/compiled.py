@@ -67,11 +67,14 @@ def family(folder: str, target: TargetSpec) -> str:
 def every_cpu(folder: str) -> list[TargetSpec]:
     """Of this machine, a row for each family and width of vectors that an op's kernels have, one
     that this host runs if it can; of the emulated machine, which is slow, the first row of each
-    family that has a file in the op's folder."""
-    emulated = {family(folder, spec): spec for spec in reversed(CPU_ROWS) if is_emulated(spec)}
+    family that has a file in the op's folder, and the last of `generic`'s, whose code is LLVM's
+    choice of instructions."""
+    slow = [row for row in CPU_ROWS if is_emulated(row)]
+    emulated = [*{family(folder, row): row for row in reversed(slow)}.values()]
+    emulated += [row for row in slow if family(folder, row) == "generic"][-1:]
     own = sorted((r for r in CPU_ROWS if not is_emulated(r)), key=lambda row: row.runs_here())
     distinct = {(family(folder, row), row.vector_bits): row for row in own}
-    return [r for r in CPU_ROWS if r in emulated.values() or r in distinct.values()]
+    return [r for r in CPU_ROWS if r in emulated or r in distinct.values()]
 
 
 def every_gpu(folder: str) -> list[TargetSpec]:

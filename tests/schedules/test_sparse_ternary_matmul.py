@@ -80,7 +80,7 @@ BATCH = st.tuples(st.integers(1, 40), st.floats(0, 1), st.integers(0, 999))  # m
     n=st.integers(1, 300), k=st.integers(1, 300), batches=st.lists(BATCH, min_size=6, max_size=6)
 )
 def test_any_shape(target, n, k, batches):
-    """A shape costs a compilation, a batch nothing: six batches a shape."""
-    for m, zeros, seed in batches:
+    """A shape costs a compilation, a batch nothing: six a shape, and one row, a form of its own."""
+    for m, zeros, seed in [(1, 0.5, n), *batches]:
         q, w = activations("random", m, k, 8, seed), weights("random", n, k, seed)
         check(target, q, zeros, w, seed)

@@ -98,9 +98,9 @@ BATCH = st.tuples(st.integers(1, 40), st.integers(0, 999))  # m, seed
     batches=st.lists(BATCH, min_size=6, max_size=6),
 )
 def test_any_shape(target, n, k, act_bits, batches):
-    """A shape costs a compilation, a batch nothing: six batches a shape."""
+    """A shape costs a compilation, a batch nothing: six a shape, and one row, a form of its own."""
     run = ternary_matmul(target, n, k, act_bits, "scale")
-    for m, seed in batches:
+    for m, seed in [(1, n), *batches]:
         q, w = activations("random", m, k, act_bits, seed), weights("random", n, k, seed)
         scale, w_scale = ones(m, n)
         np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
