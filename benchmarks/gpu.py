@@ -172,7 +172,7 @@ def check(args: argparse.Namespace) -> dict:
 
 def measure(bench: Bench, groups: Sequence[str]) -> tuple[list[dict], list[str]]:
     """(a row for each case, names of those whose results are wrong)."""
-    wanted = [case for case in cases() if case.group in groups]
+    wanted = [case for case in cases(bench.target) if case.group in groups]
     with nvcc.compiling_for(bench.target, bench.compiler), ThreadPoolExecutor(PROCESSES) as pool:
         kernels = list(pool.map(bench.build, wanted))
     rows, failed = [], []

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from compiler.kernels import Schedule, default_choice
 from schedules.layouts import LAYOUTS
+from schedules.targets import GpuTarget
 
 COLD_BYTES = 160 * 2**20  # that one replay walks over: three times an H100's L2
 # (N, K): us of Microsoft's W2A8 GEMV on an H100 80GB, cold weights in a CUDA graph, measured
@@ -124,8 +126,9 @@ def torch_matmuls(n: int, k: int, m: int) -> dict:
     return {"bf16": bf16} | ({"int8": int8} if m > 16 else {})
 
 
-def sparse(n: int, k: int, zeros: float, m: int = 1) -> Case:
-    w = integers(-1, 1, n, k)
+def sparse(target: GpuTarget, n: int, k: int, zeros: float, m: int = 1) -> Case:
+    folder, w = "sparse_ternary_matmul", integers(-1, 1, n, k)
+    layout = Schedule(folder, default_choice(folder, target.families)).layout()
 
     def inputs():
         keep = torch.rand(m, k, device="cuda") >= zeros
@@ -133,7 +136,7 @@ def sparse(n: int, k: int, zeros: float, m: int = 1) -> Case:
         count = (q != 0).sum(1).int()
         index = torch.sort((q == 0).to(torch.uint8), dim=1, stable=True).indices.int()
         scales = torch.rand(m, device="cuda"), torch.rand(n, device="cuda")
-        weights = packed("columns_2bit", w)
+        weights = packed(layout, w)
         return [q, scales[0], index, count, weights, scales[1], floats(m, n), empty(m, n)]
 
     def expected(arrays):
@@ -143,7 +146,6 @@ def sparse(n: int, k: int, zeros: float, m: int = 1) -> Case:
 
     name = f"{n}x{k} M={m} {zeros:.0%} zeros"
     read = round(n * k / 4 * (1 - zeros)) if m == 1 else 0
-    folder = "sparse_ternary_matmul"
     return Case("sparse", name, folder, (n, k), inputs, 1, expected, read_bytes=read)
 
 
@@ -323,7 +325,7 @@ def append(m: int) -> Case:
     return Case("rows", f"kv_append M={m}, 3 bits", "kv_append", (*HEADS, 3), inputs, 0, expected)
 
 
-def cases() -> Iterator[Case]:
+def cases(target: GpuTarget) -> Iterator[Case]:
     for n, k in MICROSOFT:
         yield matmul("gemv", n, k, 1)
     yield matmul("gemv", 6912, 2560, 1, act_bits=4)
@@ -333,8 +335,9 @@ def cases() -> Iterator[Case]:
     for m in (128, 512, 2048, 4096):
         for n, k in ((13824, 2560), (2560, 6912), (3840, 2560)):
             yield matmul("gemm", n, k, m)
-    yield sparse(2560, 6912, 0.84)
-    yield sparse(2560, 2560, 0.5)
+    for m in (1, 2048):
+        yield sparse(target, 2560, 6912, 0.84, m)
+        yield sparse(target, 2560, 2560, 0.5, m)
     yield head(128256, 2560, 1)
     yield head(128256, 2560, 4)
     for m in (1, 2048):

@@ -19,7 +19,7 @@ from compiler.progress import BuildProgress
 from compiler.tuning.lookup import Lookup, default_roots
 from model.checkpoint import CheckpointError, IntegerWeights
 from model.config import ModelConfig
-from schedules.targets import TargetSpec, why_not_fp4
+from schedules.targets import GpuTarget, TargetSpec, why_not_fp4
 
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy")
 
@@ -88,10 +88,12 @@ def artifact_name(model: ModelConfig) -> str:
 
 
 def describe(model: ModelConfig, target: TargetSpec, kv_bits: list[int]) -> dict[str, object]:
+    rows = {"prompt_rows": target.prompt_rows} if isinstance(target, GpuTarget) else {}
     return {
         "model": artifact_name(model),
         "target": target.name,
         **target.needs(),
+        **rows,
         "kv_bits": kv_bits,
         "default_kv_bits": model.kv_bits if model.kv_bits in kv_bits else 16,
         "context_length": model.max_position_embeddings,

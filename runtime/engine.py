@@ -20,7 +20,7 @@ from runtime.generation import Generation
 from runtime.kv_cache import KVCache
 from runtime.sampler import Sampler
 
-PREFILL_ROWS = 256  # rows a step: memory stays flat, and one read of the weights serves them all
+PREFILL_ROWS = 256  # rows a step, where the artifact names none: one read of the weights for all
 SAMPLE_DTYPES = (np.float32, np.int32, np.float32, np.float64)  # compiler/passes/add_sampler.py
 SCORE_ROWS = 64  # the same where each row's V logits are wanted
 
@@ -141,8 +141,9 @@ class Engine:
         """Append tokens to a slot from position `start` on; logits f32[V] of the last one."""
         self._check_sequence(token_ids, start)
         logits = np.empty(0, np.float32)
-        for begin in range(0, len(token_ids), PREFILL_ROWS):
-            chunk = token_ids[begin : begin + PREFILL_ROWS]
+        rows = int(self.artifact.manifest.get("prompt_rows", PREFILL_ROWS))
+        for begin in range(0, len(token_ids), rows):
+            chunk = token_ids[begin : begin + rows]
             logits = self._append(chunk, slot, start + begin, [len(chunk) - 1])[0]
         logits = logits.copy()  # its memory goes back with the rest
         self._device.end_prompt()

@@ -65,6 +65,7 @@ class GpuTarget(TargetSpec):
     l2_bytes: int
     has_int4_units: bool  # mma of s4 is an instruction of every arch
     warp_lanes: int = 32
+    prompt_rows: int = 2048  # of a step: tiles for all multiprocessors, 0.1 MB of a 2B model each
 
     def needs(self) -> dict[str, object]:
         machine = platform.machine()  # of the host code beside the kernels

@@ -11,17 +11,20 @@ from tvm import relax
 from compiler.kernels import in_force
 from schedules.targets import GpuTarget
 
-MAX_ROWS = 256  # m: rows of a step; the runtime's chunks of a prompt are no longer
+PROMPT = "prefill"  # how functions of a prompt's rows begin
+MAX_ROWS = 256  # m of every other step, whose result is logits of each row
 MAX_WANTED = 64  # r: rows of which the logits are wanted
 PLANNER_ATTR = "tir_var_upper_bound"  # read by StaticPlanBlockMemory
 
 
 @tvm.transform.module_pass(opt_level=0, name="BoundRows")
 def bound_rows(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-    if not isinstance(in_force().target, GpuTarget):
+    target = in_force().target
+    if not isinstance(target, GpuTarget):
         return mod
-    bounds, changed = {"m": MAX_ROWS, "r": MAX_WANTED}, mod.clone()
+    changed = mod.clone()
     for name, func in mod.functions_items():
         if isinstance(func, relax.Function):
-            changed[name] = func.with_attr(PLANNER_ATTR, bounds)
+            rows = target.prompt_rows if name.name_hint.startswith(PROMPT) else MAX_ROWS
+            changed[name] = func.with_attr(PLANNER_ATTR, {"m": rows, "r": MAX_WANTED})
     return changed

@@ -1,23 +1,29 @@
 """ternary_matmul on Hopper: a prompt's GEMM by wgmma; up to 16 tokens are cuda.py's forms.
 
     for n0, m0 in N/(64 G), M/T:                     blockIdx.y, blockIdx.x
-        for chunk in K/128:                          S stages in flight
-            x[T, 128], w[64 G, 128] -> shared        cp.async; x under the 128-byte swizzle
-            a[16] = w << 6 - 2i & 0xC0               registers, while the last chunk multiplies
-            acc[64, T] += a . x                      4 wgmma m64nTk32 of each warpgroup G
-        out[T, 64 G] = epilogue(acc / 64)
+        for p in P:                                  shares of the columns: every P-th chunk
+            for chunk in K/128/P:                    S stages in flight
+                x[T, 128], w[64 G, 128] -> shared    cp.async; x under the 128-byte swizzle
+                a[16] = w << 6 - 2i & 0xC0           registers, while the last chunk multiplies
+                acc[64, T] += a . x                  4 wgmma m64nTk32 of each warpgroup of G P
+        out[T, 64 G] = epilogue(sum of acc over P / 64)
 
-    form  | G | T   | S | M
-    wide  | 2 | 128 | 5 | more than 128
-    small | 1 | 64  | 8 | 17 to 128: blocks enough for the multiprocessors at N = 2560
+    form     | G | T   | S | P | taken
+    wide     | 4 | 128 | 8 | 1 | where its tiles are for three quarters of the multiprocessors
+    middle   | 2 | 128 | 5 | 1 | its tiles for three fifths, two on a multiprocessor
+    halves   | 1 | 64  | 5 | 2 | tiles for more than all
+    quarters | 1 | 64  | 5 | 4 | else: the columns are shared out among warpgroups
 
     tile  | bound by
-    G T   | two blocks a multiprocessor, one stores while the other multiplies: 128 registers
-    S     | shared memory: 20 KB a stage of the wide form; loads in flight: 10 KB a stage
+    T     | registers: four warpgroups a multiprocessor, 128 a thread. Two with T up to 224 leave
+          | the tensor cores idle while they unpack: 10 to 30 % slower
+    G     | x is brought from L2 once for 64 G rows
+    S     | shared memory: 24 KB a stage of the wide form, 10 of a share of the small ones
 
 A code in the top bits of a byte is 64 w: |acc| < 2^13 K, int32 for K < 2^18.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm.ir import Expr
@@ -51,10 +57,24 @@ class Form:
     groups: int  # G
     tokens: int  # T
     stages: int  # S
+    blocks: int = 2  # on a multiprocessor
+    splits: int = 1  # P, warpgroups that share a tile's columns
 
     @property
     def threads(self) -> int:
+        """Of a share of the columns."""
         return self.groups * GROUP_THREADS
+
+    @property
+    def block_threads(self) -> int:
+        return self.splits * self.threads
+
+    @property
+    def share_bytes(self) -> int:
+        return self.stages * self.stage_bytes
+
+    def tiles(self, rows: Expr) -> Expr:
+        return T.ceildiv(rows, self.tokens) * -(-self.shape.n // (self.groups * GROUP_ROWS))
 
     @property
     def token_bytes(self) -> int:
@@ -67,8 +87,8 @@ class Form:
 
     @property
     def pairs(self) -> int:
-        """Steps of two chunks; an odd last one meets zeros."""
-        return -(-self.shape.chunks // 2)
+        """Steps of two chunks of every share; those past the end meet zeros."""
+        return -(-self.shape.chunks // (2 * self.splits))
 
 
 class Block:
@@ -77,14 +97,16 @@ class Block:
     def __init__(self, form: Form, q, w, rows, b, c, t):
         self.form, self.q, self.w, self.rows = form, q, w, rows
         self.n0, self.m0 = T.bind(b * (form.groups * GROUP_ROWS)), T.bind(c * form.tokens)
-        self.t, self.lane = t, T.bind(t % cuda.WARP)
+        self.split, self.t = T.bind(t // form.threads), T.bind(t % form.threads)
+        self.lane = T.bind(t % cuda.WARP)
         # A warp's 16 rows are a tile of the layout
-        tile = b * (form.threads // cuda.WARP) + t // cuda.WARP
+        tile = b * (form.threads // cuda.WARP) + self.t // cuda.WARP
         self.tile = T.bind(T.min(tile, form.shape.tiles - 1))
-        size = form.stages * form.stage_bytes + SWIZZLE_BYTES
+        size = form.splits * form.share_bytes + SWIZZLE_BYTES
         address = cuda.shared_bytes(size)
         aligned = address + T.uint32(SWIZZLE_BYTES - 1) & T.uint32(-SWIZZLE_BYTES % 2**32)
-        self.base = T.bind(aligned)
+        self.start = T.bind(aligned)
+        self.base = T.bind(self.start + T.cast(self.split * form.share_bytes, "uint32"))
         self.acc = cuda.local("uint32", form.tokens // 2)
         self.words = cuda.local("uint32", 4)
         self.a = cuda.local("uint32", 2 * 4 * FIELDS)
@@ -101,6 +123,29 @@ class Block:
             for parity in range(2):
                 self._step(2 * pair + parity, parity)
         cuda.ptx("wgmma.wait_group.sync.aligned", 0)
+        if form.splits > 1:
+            self._add_shares()
+
+    def _add_shares(self) -> None:
+        """acc of the first share: the sum of all, through shared memory where the stages were."""
+        form, word = self.form, cuda.local("uint32", 1)
+        cuda.wait_for_copies()
+        cuda.sync()
+        registers = form.tokens // 2
+        own = T.bind(self.start + T.cast(self.t * 4, "uint32"))
+        with cuda.when(self.split > 0):
+            share = T.bind(
+                own + T.cast((self.split - 1) * (4 * registers * form.threads), "uint32")
+            )
+            for i in range(registers):
+                cuda.ptx("st.shared.b32", share + T.uint32(4 * i * form.threads), self.acc[i])
+        cuda.sync()
+        with cuda.when(self.split == 0):
+            for other in range(form.splits - 1):
+                for i in range(registers):
+                    at = own + T.uint32(4 * (other * registers + i) * form.threads)
+                    cuda.ptx("ld.shared.b32", word[0], at)
+                    cuda.store(self.acc, self.acc[i] + word[0], i)
 
     def _step(self, chunk: Expr, parity: int) -> None:
         """Multiplies a chunk; meanwhile the next one is unpacked, and a later one on its way."""
@@ -152,6 +197,7 @@ class Block:
         """
         form, k = self.form, self.form.shape.k
         stage = self._stage(chunk)
+        chunk = T.bind(chunk * form.splits + self.split)
         at = T.min(chunk, form.shape.chunks - 1)
         weights = T.address_of(self.w[self.tile, at, self.lane * 16])
         cuda.copy_16_bytes(self._own_words(stage), weights)
@@ -169,6 +215,10 @@ class Block:
 
     def finish(self, end: Epilogue, scale, w_scale, extra, out) -> None:
         """Register 4j + 2h + i holds row g + 8h of the warp and token 8j + 2 (lane % 4) + i."""
+        with cuda.when(self.split == 0):
+            self._write(end, scale, w_scale, extra, out)
+
+    def _write(self, end: Epilogue, scale, w_scale, extra, out) -> None:
         form = self.form
         for half in range(2):
             row = self.t // cuda.WARP * TILE + self.lane // 4 + 8 * half
@@ -185,6 +235,53 @@ class Block:
                             cuda.store(out, end.value(acc, scale[m] * weight_scale, other), m, n)
 
 
+def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) -> None:
+    with cuda.blocks(T.ceildiv(rows, form.tokens)) as c:
+        with cuda.blocks(-(-form.shape.n // (form.groups * GROUP_ROWS)), "y") as b:
+            with cuda.threads(form.block_threads) as t, cuda.min_blocks(form.blocks):
+                block = Block(form, q, w, rows, b, c, t)
+                block.multiply()
+                block.finish(end, scale, w_scale, extra, out)
+
+
+def launch_first(forms: Sequence[tuple[Expr, Form]], last: Form, rows, end, *tensors) -> None:
+    """The first form whose condition holds, else the last."""
+    if not forms:
+        launch(last, rows, end, *tensors)
+        return
+    (holds, form), *others = forms
+    with T.If(holds):
+        with T.Then():
+            launch(form, rows, end, *tensors)
+        with T.Else():
+            launch_first(others, last, rows, end, *tensors)
+
+
+def launch_prompt(shape: Shape, chip: int, rows, end: Epilogue, *tensors) -> None:
+    """The largest tiles that keep most of the chip's multiprocessors busy."""
+    wide, middle = Form(shape, 4, 128, 8, 1), Form(shape, 2, 128, 5)
+    halves, quarters = Form(shape, 1, 64, 5, 2, 2), Form(shape, 1, 64, 5, 1, 4)
+    is_long = rows > 64
+    forms = [
+        (cuda.both(is_long, 4 * wide.tiles(rows) >= 3 * chip), wide),
+        (cuda.both(is_long, 5 * middle.tiles(rows) >= 3 * chip), middle),
+        (halves.tiles(rows) > chip, halves),
+    ]
+    launch_first(forms, quarters, rows, end, *tensors)
+
+
+def launch_rows(shape: Shape, one, target: GpuTarget, rows, end: Epilogue, *tensors) -> None:
+    """The form for any number of rows; `one` is that of one token."""
+    if shape.k % 16:  # rows that cp.async cannot copy
+        small_batch.launch_small_batch(one, target, rows, end, *tensors)
+        return
+    with T.If(rows <= 16):
+        with T.Then():
+            small_batch.launch_small_batch(one, target, rows, end, *tensors)
+        with T.Else():
+            launch_prompt(shape, target.num_multiprocessors, rows, end, *tensors)
+
+
 def kernel(
     n: int,
     k: int,
@@ -195,30 +292,8 @@ def kernel(
     chunks_a_warp: int = 0,
     tiles_a_block: int = 0,
 ) -> PrimFunc:
-    if k % 16:  # rows that cp.async cannot copy
-        knobs = {"chunks_a_warp": chunks_a_warp, "tiles_a_block": tiles_a_block}
-        return small_batch.kernel(n, k, act_bits, target, epilogue, **knobs)
     end, shape, rows = EPILOGUES[epilogue], Shape(n, k), Var("M", "int64")
     one = small_batch.one_token(shape, target, chunks_a_warp, tiles_a_block)
-
-    def launch(form: Form, q, scale, w, w_scale, extra, out):
-        with cuda.blocks(T.ceildiv(rows, form.tokens)) as c:
-            with cuda.blocks(-(-n // (form.groups * GROUP_ROWS)), "y") as b:
-                with cuda.threads(form.threads) as t, cuda.min_blocks(2):
-                    block = Block(form, q, w, rows, b, c, t)
-                    block.multiply()
-                    block.finish(end, scale, w_scale, extra, out)
-
-    def by_rows(*tensors):
-        with T.If(rows <= 16):
-            with T.Then():
-                small_batch.launch_small_batch(one, target, rows, end, *tensors)
-            with T.Else():
-                with T.If(rows <= 128):
-                    with T.Then():
-                        launch(Form(shape, 1, 64, 8), *tensors)
-                    with T.Else():
-                        launch(Form(shape, 2, 128, 5), *tensors)
 
     @T.prim_func(s_tir=True)
     def ternary_matmul(
@@ -233,6 +308,6 @@ def kernel(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            by_rows(q, scale, w, w_scale, extra, out)
+            launch_rows(shape, one, target, rows, end, q, scale, w, w_scale, extra, out)
 
     return end.finish(ternary_matmul)
