@@ -15,7 +15,10 @@ from itertools import product
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from schedules.attention import generic
+from schedules.attention.bytes_x86 import ByteProducts
 from schedules.attention.unpack import BIAS
+from schedules.attention.unpack_avx2 import byte_unpacker
 from schedules.intrin import avx2
 
 KEY_QUERIES, KEYS = 2, 4
@@ -59,7 +62,7 @@ def multiply_keys(q, offset, block, p, first, tile: int, count) -> None:
                 wide = avx2.multiply_add_words(word, _ones())
                 sums[at] = T.bind(sums[at] + wide if v0 else wide)
         for a in range(tile):
-            dots = _row_sums([sums[a, j] for j in range(KEYS)])
+            dots = row_sums([sums[a, j] for j in range(KEYS)])
             dots = dots - T.broadcast(offset[first + a], KEYS)
             avx2.store(p, first + a, j0 * KEYS, value=dots, lanes=KEYS)
 
@@ -68,7 +71,7 @@ def _ones():
     return T.broadcast(T.int16(1), 16)
 
 
-def _row_sums(rows):
+def row_sums(rows: list[Expr]) -> Expr:
     """int32x4: the sum of each of four int32x8"""
     pairs = [T.bind(avx2.add_neighbours(*rows[i : i + 2])) for i in (0, 2)]
     low, high = avx2.halves(T.bind(avx2.add_neighbours(*pairs)), "int32x4")
@@ -129,3 +132,17 @@ def _accumulate(o, sums, state, i, a: int, column) -> None:
             kept = avx2.load(o, i, d, lanes=4) * T.broadcast(state.rescale[i], 4)
             weighted = T.cast(part, "float64x4") * T.broadcast(state.unit[i], 4)
             avx2.store(o, i, d, value=kept + weighted, lanes=4)
+
+
+PRODUCTS = ByteProducts(
+    lanes=LANES,
+    scores=8,
+    key_queries=KEY_QUERIES,
+    value_queries=VALUE_QUERIES,
+    weights=(generic.KEYS // 2, "int32"),
+    unpacker=byte_unpacker,
+    write_offset=write_offset,
+    multiply_keys=multiply_keys,
+    pack_weights=pair_weights,
+    multiply_values=multiply_values,
+)

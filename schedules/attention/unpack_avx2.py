@@ -17,9 +17,10 @@ QMAX = 3
 LANES = (16, 32)  # of low bytes
 
 
-def planes_unpacker(head_dim: int, target: CpuTarget):
-    if head_dim // 4 not in LANES:
-        return unpacker(3, head_dim, target)
+def byte_unpacker(kv_bits: int, head_dim: int, target: CpuTarget):
+    """As `unpacker`, for blocks of bytes."""
+    if kv_bits != 3 or head_dim // 4 not in LANES:
+        return unpacker(kv_bits, head_dim, target)
     lanes = head_dim // 4
 
     def planes_row(codes, slot, head, kv, base, block, j):

@@ -23,7 +23,16 @@ EVERY_TARGET = pytest.mark.parametrize("target", every_target("attention"))
 F32, F64 = np.float32, np.float64
 SLOTS = 5
 # heads, KV heads, D: groups of 1 to 5 and more than a tile of queries; D of one register and many
-SHAPES = [(4, 2, 16), (3, 3, 64), (4, 1, 128), (6, 2, 40), (40, 1, 16), (5, 1, 8), (2, 1, 264)]
+SHAPES = [
+    (4, 2, 16),
+    (3, 3, 64),
+    (4, 1, 128),
+    (6, 2, 40),
+    (40, 1, 16),
+    (5, 1, 8),
+    (2, 1, 256),
+    (2, 1, 264),
+]
 KV_BITS = pytest.mark.parametrize("kv_bits", [16, 4, 3])
 
 
