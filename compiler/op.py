@@ -23,6 +23,9 @@ Statics = Mapping[str, int | float]
 # (schedule, size of a letter, static arguments, target) -> the kernel
 KernelFactory = Callable[[Schedule, Callable[[str], int], Statics, TargetSpec], PrimFunc]
 
+ROWS = "M"  # the letter of signatures
+NEW = -1  # in `OpDef.inplace`: a result that overwrites nothing
+
 relax_parser.bitnet = SimpleNamespace()  # what `R.bitnet` means to the parser of TVMScript
 
 
@@ -40,7 +43,7 @@ class OpDef:
     statics: Mapping[str, type | tuple[int, ...]] = field(default_factory=dict)
     weight: str | None = None  # the ternary argument i8[N, K] that PackWeights packs
     layout: Callable[[Schedule, Statics], str] | None = None  # which one the kernel reads
-    inplace: tuple[int, ...] = ()  # the tensor argument that each result overwrites
+    inplace: tuple[int, ...] = ()  # the tensor argument that each result overwrites, or NEW
     check: Callable[[Match, Statics], None] = no_check  # what letters cannot say
 
     def __post_init__(self) -> None:
@@ -76,8 +79,9 @@ class OpDef:
         return relax.call_tir(kernel, tensors, types if len(types) > 1 else types[0])
 
     def sizes(self, match: Match, statics: Statics) -> Sizes:
-        """What a kernel is built for, and chosen by."""
-        return match.constants() | dict(statics)
+        """What a kernel is built for, and chosen by; the number of rows is neither."""
+        constants = {letter: size for letter, size in match.constants().items() if letter != ROWS}
+        return constants | dict(statics)
 
     def maker(self, match: Match, statics: Statics, target: TargetSpec) -> Make:
         return lambda schedule: self.kernel(schedule, match.static, statics, target)
@@ -137,9 +141,11 @@ class OpDef:
         )
 
     def _result_types(self, match: Match) -> list[relax.TensorType]:
-        if self.inplace:
-            return [match.types[self.tensors[i].name] for i in self.inplace]
-        return [match.result(arg) for arg in self.results]
+        overwritten = self.inplace or (NEW,) * len(self.results)
+        return [
+            match.result(arg) if i == NEW else match.types[self.tensors[i].name]
+            for arg, i in zip(self.results, overwritten, strict=True)
+        ]
 
 
 def match_weight(match: Match, arg: TensorArg, type_: tvm.ir.Type) -> None:

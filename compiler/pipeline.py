@@ -16,12 +16,15 @@ from compiler.passes.bound_rows import bound_rows
 from compiler.passes.capture_decode import capture_decode
 from compiler.passes.drop_checks import drop_checks
 from compiler.passes.dump_ir import dump_ir
+from compiler.passes.fuse_one_row import fuse_one_row
+from compiler.passes.launch_early import launch_early
 from compiler.passes.pack_weights import pack_weights
 from compiler.passes.probe_sparsity import probe_sparsity
 from compiler.passes.record_workspace import record_workspace
 from compiler.passes.reuse_tensors import reuse_tensors
 from compiler.passes.schedule_stock_ops import schedule_stock_ops
 from compiler.passes.specialize_kv_cache import specialize_kv_cache
+from compiler.passes.specialize_one_row import specialize_one_row
 from compiler.toolchain import device_compiler
 from schedules.targets import TargetSpec
 
@@ -41,6 +44,8 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         pack_weights,
         specialize_kv_cache(kv_bits),
         probe_sparsity,
+        specialize_one_row,
+        fuse_one_row,
         add_sampler,
         transform.DeadCodeElimination(),
         *dump("1-specialized"),
@@ -52,6 +57,7 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         transform.FuseOps(),
         transform.FuseTIR(),
         schedule_stock_ops,
+        launch_early,
         *dump("3-scheduled"),
         # Phase 4: memory
         transform.ToNonDataflow(),

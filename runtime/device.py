@@ -113,6 +113,7 @@ class Cuda:
             )
         self._inputs: dict[tuple, list[Any]] = {}
         self._parts: dict[str, int] = {}
+        self._written: dict[tuple, list[np.ndarray]] = {}  # what they hold
 
     def require(self, parts: dict[str, int]) -> None:
         self._parts = dict(parts)
@@ -146,8 +147,11 @@ class Cuda:
         if key not in self._inputs:
             self._inputs[key] = self.place(arrays)
         else:
-            for tensor, array in zip(self._inputs[key], arrays, strict=True):
-                tensor.copyfrom(array)
+            before = self._written[key]
+            for tensor, array, old in zip(self._inputs[key], arrays, before, strict=True):
+                if not np.array_equal(array, old):  # a copy waits for the GPU
+                    tensor.copyfrom(array)
+        self._written[key] = [array.copy() for array in arrays]
         return self._inputs[key]
 
     def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:

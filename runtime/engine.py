@@ -41,7 +41,9 @@ class Engine:
         self._device = cache.device
         self._module = artifact.open_library(self._device)
         self._functions = {name: self._function(name) for name in ("prefill", "decode")}
-        optional = {"sample": "sample", "decode_sparsity": f"decode_sparsity_kv{self.kv_bits}"}
+        optional = {"sample": "sample"} | {
+            name: f"{name}_kv{self.kv_bits}" for name in ("decode_one", "decode_sparsity")
+        }
         for name, full_name in optional.items():
             if function := tvm_runtime.function_or_none(self._module, full_name):
                 self._functions[name] = function
@@ -213,11 +215,14 @@ class Engine:
 
     def _run(self, name: str, *arrays: np.ndarray) -> Any:
         tvm_runtime.use_threads(self.threads)
-        will_capture = name == "decode" and self._device.is_new(name, arrays)
+        is_step = name == "decode"
+        if is_step and len(arrays[0]) == 1 and "decode_one" in self._functions:
+            name = "decode_one"
+        will_capture = is_step and self._device.is_new(name, arrays)
         arguments = [*self._device.inputs(name, arrays), self.cache.tensors, self._parameters]
         try:
             if will_capture:
-                tvm_runtime.fill_pool(self._module, f"decode_kv{self.kv_bits}", arguments)
+                tvm_runtime.fill_pool(self._module, f"{name}_kv{self.kv_bits}", arguments)
             return self._functions[name](*arguments)
         except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
             reason = " ".join(str(error).split())[-REASON:]

@@ -67,6 +67,11 @@ class GpuTarget(TargetSpec):
     warp_lanes: int = 32
     prompt_rows: int = 2048  # of a step: tiles for all multiprocessors, 0.1 MB of a 2B model each
 
+    @property
+    def can_launch_early(self) -> bool:
+        """Whether every arch has programmatic dependent launch: compute capability 9.0 on."""
+        return all(int(arch.removeprefix("sm_").rstrip("a")) >= 90 for arch in self.archs)
+
     def needs(self) -> dict[str, object]:
         machine = platform.machine()  # of the host code beside the kernels
         return {"device": "cuda", "machine": machine, "cpu_flags": [], "archs": list(self.archs)}

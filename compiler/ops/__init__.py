@@ -10,9 +10,11 @@ from compiler.ops.grouped_embedding import grouped_embedding
 from compiler.ops.grouped_matmul import grouped_matmul
 from compiler.ops.int8_matmul import int8_matmul
 from compiler.ops.kv_append import kv_append
+from compiler.ops.norm_matmul import norm_glu_matmul, norm_matmul, norm_residual_matmul
 from compiler.ops.rms_norm import rms_norm, rms_norm_fp4, rms_norm_int4, rms_norm_int8
 from compiler.ops.rms_norm_topk import rms_norm_topk_int8
 from compiler.ops.rope import rope
+from compiler.ops.rope_attention import rope_attention
 from compiler.ops.sparse_ternary_matmul import sparse_ternary_matmul
 from compiler.ops.ternary_glu_matmul import ternary_glu_matmul
 from compiler.ops.ternary_matmul import ternary_matmul
@@ -36,6 +38,10 @@ OPS: dict[str, OpDef] = {
         rope,
         kv_append,
         attention,
+        norm_matmul,
+        norm_glu_matmul,
+        norm_residual_matmul,
+        rope_attention,
     )
 }
 

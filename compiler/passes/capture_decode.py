@@ -15,7 +15,7 @@ from tvm import relax
 from compiler.kernels import in_force
 from schedules.targets import GpuTarget
 
-CAPTURED = "decode_kv"
+CAPTURED = ("decode_kv", "decode_one_kv")
 RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
 
 

@@ -312,38 +312,55 @@ class Query:
             cuda.store(out, T.cast(o / total, "float32"), m, first + d)
 
 
-def kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: GpuTarget
-) -> PrimFunc:
-    group = num_heads // num_kv_heads
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    code_dtype = "float16" if kv_bits == 16 else "uint8"
-    rows, num_slots = Var("M", "int64"), Var("num_slots", "int64")
-    size, scale_size = Var("size", "int64"), Var("scale_size", "int64")
+def launch_few(
+    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, rows, *tensors
+) -> None:
+    """(qkv, codes, words, scales, slots, positions, y): a block a row and head."""
+    qkv, codes, words, scales, slots, positions, y = tensors
 
-    def attend(qkv, codes, scales, slots, positions, y, words, m, head, warp, lane):
-        where = T.bind(slots[m]), T.bind(head // group)
+    def attend(m, head, warp, lane):
+        where = T.bind(slots[m]), T.bind(head // (num_heads // num_kv_heads))
         cache = Head(codes, words, scales, where, head_dim, kv_bits)
         query = Query(cache, qkv, m, head * head_dim, warp, lane)
         query.attend(T.bind(positions[m] + 1))
         query.finish(y, m, head * head_dim)
 
-    def launch(qkv, codes, words, scales, slots, positions, y):
-        with cuda.some_rows(rows):
-            with cuda.blocks(rows) as m, cuda.blocks(num_heads, "y") as head:
-                with cuda.threads(WARPS, "y") as warp, cuda.threads(cuda.WARP) as lane:
-                    attend(qkv, codes, scales, slots, positions, y, words, m, head, warp, lane)
+    with cuda.some_rows(rows), cuda.blocks(rows) as m, cuda.blocks(num_heads, "y") as head:
+        with cuda.threads(WARPS, "y") as warp, cuda.threads(cuda.WARP) as lane:
+            attend(m, head, warp, lane)
 
-    def by_rows(*arrays):
-        prompt = prompt_cuda.Form(num_heads, num_kv_heads, head_dim, kv_bits)
+
+def words_of(codes) -> Any:
+    """The cache's bytes by fours."""
+    *outer, size = codes.shape
+    return T.decl_buffer((*outer, size // 4), "uint32", data=codes.data)
+
+
+def kernel(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_bits: int,
+    target: GpuTarget,
+    launch_few: Callable[..., None] = launch_few,
+) -> PrimFunc:
+    """`launch_few` is for fewer rows than prompt_cuda.py takes."""
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    code_dtype = "float16" if kv_bits == 16 else "uint8"
+    rows, num_slots = Var("M", "int64"), Var("num_slots", "int64")
+    size, scale_size = Var("size", "int64"), Var("scale_size", "int64")
+    heads = num_heads, num_kv_heads, head_dim, kv_bits
+
+    def by_rows(*tensors):
+        prompt = prompt_cuda.Form(*heads)
         if not prompt.is_possible:
-            launch(*arrays)
+            launch_few(*heads, rows, *tensors)
             return
         with T.If(rows < prompt_cuda.FEWEST):
             with T.Then():
-                launch(*arrays)
+                launch_few(*heads, rows, *tensors)
             with T.Else():
-                prompt_cuda.launch(prompt, *arrays, rows)
+                prompt_cuda.launch(prompt, *tensors, rows)
 
     @T.prim_func(s_tir=True)
     def attention(
@@ -358,9 +375,7 @@ def kernel(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            words = T.decl_buffer(
-                (num_slots, num_kv_heads, 2, size // 4), "uint32", data=codes.data
-            )
+            words = words_of(codes)
             by_rows(qkv, codes, words, scales, slots, positions, y)
 
     return attention

@@ -17,6 +17,8 @@ from tvm.tirx import Buffer
 WARP = 32
 MAX_THREADS = 1024
 FULL_MASK = 0xFFFFFFFF
+WAIT = "griddepcontrol.wait"
+WAITS_ITSELF = "bitnet.waits_itself"  # attribute: every launch calls `wait_for_launch`
 SWIZZLE_128 = 1
 ROWS_8_BYTES = 8 * 128  # from one group of 8 rows to the next
 
@@ -27,6 +29,25 @@ def blocks(count: Expr | int, axis: str = "x"):
 
 def threads(count: int, axis: str = "x"):
     return T.thread_binding(count, thread=f"threadIdx.{axis}")
+
+
+@contextmanager
+def cluster(count: int) -> Iterator[Expr]:
+    """The rank of a block in its cluster of `count`, which are all blocks along x."""
+    with T.thread_binding(count, thread="clusterCtaIdx.x"), blocks(count) as rank:
+        yield rank
+
+
+def wait_for_launch() -> None:
+    """The launch before this one has ended and can be seen; so have, by their own wait, all others
+    before it. A PrimFunc all of whose launches say it has the attribute WAITS_ITSELF; the pass
+    LaunchEarly adds it to others. Hopper and later."""
+    ptx(WAIT)
+
+
+def let_next_launch() -> None:
+    """The launch after this one may start once every block has said so."""
+    ptx("griddepcontrol.launch_dependents")
 
 
 def some_rows(rows: Expr):
@@ -73,6 +94,12 @@ def threads_for(count: int, most: int) -> int:
 
 def sync() -> None:
     T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def sync_cluster() -> None:
+    """A barrier of all blocks of a cluster, for their shared memory too."""
+    ptx("barrier.cluster.arrive.release.aligned")
+    ptx("barrier.cluster.wait.acquire.aligned")
 
 
 def local(dtype: str, *shape: int) -> Buffer:
@@ -185,9 +212,16 @@ def dp4a(a: Expr, b: Expr, acc: Expr) -> Expr:
     return T.call_pure_extern("int32", "__dp4a", a, b, acc)
 
 
-def byte_permute(a: Expr, b: Expr, selector: int) -> Expr:
+def dp4a_unsigned(a: Expr, b: Expr, acc: Expr) -> Expr:
+    """acc + the products of four unsigned bytes, all uint32."""
+    return T.call_pure_extern("uint32", "__dp4a", a, b, acc)
+
+
+def byte_permute(a: Expr, b: Expr, selector: Expr | int) -> Expr:
     """Four bytes out of the eight of a (0 to 3) and b (4 to 7), the lowest digit first."""
-    return T.call_pure_extern("uint32", "__byte_perm", a, b, T.uint32(selector))
+    if isinstance(selector, int):
+        selector = T.uint32(selector)
+    return T.call_pure_extern("uint32", "__byte_perm", a, b, selector)
 
 
 def transpose_bytes(words: Sequence[Expr]) -> list[Expr]:
@@ -226,6 +260,15 @@ def load_16_bytes(registers: Buffer, first: int, address: Expr, **options) -> No
     """registers[first : first + 4], uint32, of weights that nobody else on the chip reads soon."""
     four = [registers[first + i] for i in range(4)]
     ptx("ld.global.nc.L1::no_allocate.v4.b32", *four, address, **options)
+
+
+def load_remote(buffer: Buffer, index: Expr, rank: Expr) -> Expr:
+    """buffer[index], float64, flat, in the shared memory of another block of the cluster."""
+    address, value = local("uint32", 1), local("float64", 1)
+    own = T.cuda.cvta_generic_to_shared(buffer.data) + T.cast(index * 8, "uint32")
+    ptx("mapa.shared::cluster.u32", address[0], own, rank)
+    ptx("ld.shared::cluster.f64", value[0], address[0])
+    return T.bind(value[0])
 
 
 def copy_16_bytes(destination: Expr, source: Expr, valid: Expr | int = 16) -> None:

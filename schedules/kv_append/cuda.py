@@ -10,6 +10,7 @@ shared memory.
 A step's rows of a slot stand at different positions, so no two blocks write the same bytes.
 """
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
@@ -63,6 +64,13 @@ def _halves(codes, scales, value, where, position, head_dim: int, t) -> None:
         cuda.store(codes, T.cast(value(d), "float16"), *where, position * head_dim + d)
 
 
+def head_scale(amax: Expr, qmax: Expr) -> Expr:
+    """float32 of the float16 that the cache keeps"""
+    ratio = T.min(amax / qmax, T.float32(LARGEST_SCALE))
+    half = T.cast(T.cast(ratio, "float16"), "float32")
+    return T.max(half, T.float32(SMALLEST_SCALE))
+
+
 def _quantize(code, scales, value, where, position, head_dim: int, bits: int, t) -> None:
     """code[:D] and the scale of a head's row."""
     qmax = 2 ** (bits - 1) - 1
@@ -71,9 +79,7 @@ def _quantize(code, scales, value, where, position, head_dim: int, bits: int, t)
     with cuda.strided(head_dim, t, cuda.WARP) as d:
         cuda.store(peak, T.max(peak[0], T.abs(value(d))), 0)
     amax = cuda.warp_reduce(peak[0], "max")
-    ratio = T.min(amax / T.float32(qmax), T.float32(LARGEST_SCALE))
-    half = T.cast(T.cast(ratio, "float16"), "float32")
-    scale = T.bind(T.max(half, T.float32(SMALLEST_SCALE)))
+    scale = T.bind(head_scale(amax, T.float32(qmax)))
     with cuda.when(t == 0):
         cuda.store(scales, T.cast(scale, "float16"), *where, position)
     with cuda.strided(head_dim, t, cuda.WARP) as d:

@@ -50,7 +50,9 @@ class CompiledModel:
         return self._step(caches, "prefill", tokens, slots, positions, rows)
 
     def decode(self, caches: "Caches", tokens, slots, positions) -> np.ndarray:
-        return self._step(caches, "decode", tokens, slots, positions)
+        has_one = tvm_runtime.function_or_none(caches.vm, f"decode_one_kv{caches.bits}")
+        name = "decode_one" if has_one and len(tokens) == 1 else "decode"
+        return self._step(caches, name, tokens, slots, positions)
 
     def _step(self, caches: "Caches", name: str, *inputs) -> np.ndarray:
         arrays = [np.asarray(a, np.int64) for a in inputs]

@@ -56,6 +56,10 @@ class Case:
 NORM = {"x": ("float32", (M, 48)), "gain": ("float32", (48,))}
 QUANTIZED = {"q": ("int8", (M, 48)), "scale": ("float32", (M,))}
 WEIGHT = {"w": ("int8", (64, 48)), "w_scale": ("float32", (64,))}
+ONE_ROW = {"norm_matmul", "norm_glu_matmul", "norm_residual_matmul", "rope_attention"}
+# One row, and (64, 48) in the layout that its kernels read
+ROW = {"x": ("float32", (1, 48)), "gain": ("float32", (48,))}
+TILED = {"w": ("uint8", (4, 1, 512)), "w_scale": ("float32", (64,))}
 ROWS = {"slots": ("int64", (M,)), "positions": ("int64", (M,))}
 QKV = {"qkv": ("float32", (M, WIDTH))}
 CACHE = {
@@ -118,6 +122,29 @@ CASES = {
             {"bits": 6},
         ),
         Case("float_matmul", {"x": ("float32", (M, 48)), "w": ("float16", (64, 48))}),
+        Case("norm_matmul", ROW | TILED, {"eps": 1e-5, "act_bits": 4}),
+        Case(
+            "norm_glu_matmul",
+            ROW | {"gate": TILED["w"], "gate_scale": TILED["w_scale"]} | TILED,
+            {"eps": 1e-5, "act_bits": 4},
+        ),
+        Case(
+            "norm_residual_matmul",
+            ROW | TILED | {"residual": ("float32", (1, 64))},
+            {"eps": 1e-5},
+        ),
+        Case(
+            "rope_attention",
+            {
+                "qkv": ("float32", (1, WIDTH)),
+                "cos": TABLE,
+                "sin": TABLE,
+                **CACHE,
+                "slots": ("int64", (1,)),
+                "positions": ("int64", (1,)),
+            },
+            COUNTS | {"kv_bits": 4},
+        ),
         Case("rope", {**QKV, "cos": TABLE, "sin": TABLE, "positions": ("int64", (M,))}, COUNTS),
         Case("kv_append", CACHE | QKV | ROWS, COUNTS | {"kv_bits": 4}),
         Case("attention", QKV | CACHE | ROWS, COUNTS | {"kv_bits": 4}),

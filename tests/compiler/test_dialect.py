@@ -2,7 +2,7 @@
 
 import pytest
 import tvm
-from dialect_calls import CASES, HEADS, KV_HEADS, WIDTH, B, D, M, S, T
+from dialect_calls import CASES, HEADS, KV_HEADS, ONE_ROW, WIDTH, B, D, M, S, T
 from tvm import relax
 
 from compiler.ops import OPS
@@ -21,8 +21,9 @@ def test_tvmscript_round_trip(case):
     tvm.ir.assert_structural_equal(tvm.script.from_source(script), module)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_rows_stay_symbolic(case):
+@pytest.mark.parametrize("op", sorted(CASES.keys() - ONE_ROW))
+def test_rows_stay_symbolic(op):
+    case = CASES[op]
     function = case.module()["main"]
     result = function.ret_ty
     fields = result.fields if isinstance(result, relax.TupleType) else [result]

@@ -42,6 +42,9 @@ KERNELS = (
     *(("attention", (*HEADS, bits), ()) for bits in (16, 4, 3)),
     ("attention", (4, 2, 40, 3), ()),
     *(("attention", (8, 2, 128, bits), ()) for bits in (4, 3)),
+    # Of one family
+    *(("norm_matmul", (130, 260, "int4", 1e-5), (end,)) for end in ("scale", "residual", "glu")),
+    *(("rope_attention", (*HEADS, 64, bits), ()) for bits in (4, 3)),
 )
 GPU_ROWS = [row for row in TARGETS.values() if isinstance(row, GpuTarget) and len(row.archs) == 1]
 
@@ -55,6 +58,8 @@ def source(target: GpuTarget) -> str:
     """CUDA source of all kernels; function i is that of KERNELS[i]."""
     funcs = {}
     for i, (folder, args, end) in enumerate(KERNELS):
+        if not families_of(folder, target.families):
+            continue
         schedule = Schedule(folder, default_choice(folder, target.families))
         func = schedule.kernel(*args, target, *end)
         funcs[f"op{i}"] = func.with_attr("global_symbol", f"op{i}")
@@ -84,7 +89,7 @@ def described() -> str:
     for name, target in family_rows().items():
         found = launches(source(target))
         for i, (folder, args, end) in enumerate(KERNELS):
-            if families_of(folder, target.families)[0] == name:
+            if (name,) == families_of(folder, target.families)[:1]:
                 lines += [f"{name} {label(folder, args, end)}", *sorted(found[i])]
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,34 @@
+"""attention on Hopper: fewer rows than a prompt's by split_sm90.py, all else as on every GPU."""
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from schedules.attention import cuda as every_gpu
+from schedules.attention import split_sm90
+from schedules.intrin import cuda
+from schedules.targets import GpuTarget
+
+MOST_ROWS = 16
+
+
+def launch_few(
+    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, rows, *tensors
+) -> None:
+    """Split over a cluster where the cache is packed and its rows are whole words."""
+    heads = num_heads, num_kv_heads, head_dim, kv_bits
+    form = split_sm90.Form(*heads)
+    if not form.is_possible:
+        every_gpu.launch_few(*heads, rows, *tensors)
+        return
+    with T.If(rows <= MOST_ROWS):
+        with T.Then(), cuda.some_rows(rows):
+            qkv, _, *others = tensors  # it reads the codes as words alone
+            split_sm90.launch(form, rows, qkv, *others)
+        with T.Else():
+            every_gpu.launch_few(*heads, rows, *tensors)
+
+
+def kernel(
+    num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: GpuTarget
+) -> PrimFunc:
+    return every_gpu.kernel(num_heads, num_kv_heads, head_dim, kv_bits, target, launch_few)

@@ -1,0 +1,1 @@
+"""rope_attention: rope, kv_append and attention of a step."""
