@@ -6,6 +6,7 @@
     python -m compiler.records export FILE [--records ROOT]  a .tar.gz of a root
     python -m compiler.records import FILE [--records ROOT]  and back, checked line by line
     python -m compiler.records prune PATH [--dry-run]        drop failures, old races, old versions
+    python -m compiler.records prune PATH --final            and the search: to ship, not to resume
 
 A root holds <target>/<machine>/ directories. Nothing is written before everything that is read
 has been checked; a directory is replaced in one step. Exit code 2: refused, in one line.
@@ -71,6 +72,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one = command("prune", prune, "drop what no build can use: failures, old races and versions")
     one.add_argument("path", type=Path, help="a machine's directory, or a root")
     one.add_argument("--dry-run", action="store_true", help="only say what would be dropped")
+    one.add_argument(
+        "--final",
+        action="store_true",
+        help="keep the last races alone, which builds read; what --resume reads goes too",
+    )
     return parser.parse_args(argv)
 
 
@@ -200,7 +206,7 @@ def prune(arguments: argparse.Namespace) -> None:
     paths = [arguments.path] if (arguments.path / store.MACHINE).exists() else []
     for path in paths or directories(arguments.path):
         directory = read(path)
-        kept = useful(directory)
+        kept = [r for r in useful(directory) if r.race or not arguments.final]
         dropped = len(directory.records) - len(kept)
         print(f"{dropped} of {len(directory.records)} records dropped, {len(kept)} kept: {path}")
         if dropped and not arguments.dry_run:

@@ -221,6 +221,12 @@ def test_prune_keeps_what_a_build_can_use(tmp_path, capsys):
     assert found([tmp_path]) == [(1, "record")]
 
 
+def test_prune_to_the_final_races(tmp_path):
+    path = filled(tmp_path, line(1), line(2), line(1, race=9, chosen=1), line(4, race=9))
+    assert command("prune", tmp_path, "--final") == 0
+    assert [record.race for record in store.read(path).records] == [9, 9]
+
+
 def test_list_and_show(tmp_path, capsys):
     path = filled(tmp_path, line(2, race=9, chosen=1), line(1, result="wrong: M=1: all differ"))
     assert command("list", "--records", tmp_path) == 0
