@@ -7,7 +7,6 @@ graph; random weights; logits of the last token. Ours: `Engine.prefill`, tokens 
 host. Wall time, interleaved, medians; needs a PyTorch with CUDA.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from command_line import Parser
 from runtime.engine import Engine
 
 EPS = 1e-5
@@ -109,7 +109,7 @@ def measure(engine: Engine, peer: Peer, length: int, repetitions: int) -> dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu_prefill", description=__doc__)
+    parser = Parser(prog="benchmarks.gpu_prefill", description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("-p", "--n-prompt", default="2048", metavar="N", help="lengths, by commas")
     parser.add_argument("-r", "--repetitions", type=int, default=7, metavar="N")
