@@ -14,7 +14,7 @@ import tvm
 from tvm.s_tir import meta_schedule as ms
 from tvm.script import tirx as T
 
-from compiler import tune
+from compiler import head_bits, tune
 from compiler.config import BuildError
 from compiler.kernels import Choice, KernelTable, knobs_of
 from compiler.ops import OPS
@@ -25,8 +25,9 @@ from compiler.tuning.lookup import Lookup
 from compiler.tuning.machine import Machine
 from compiler.tuning.pool import Rpc, Worker, count_servers
 from compiler.tuning.tasks import Task
+from model.config import MODELS
 from schedules.int8_matmul import generic
-from schedules.targets import TARGETS
+from schedules.targets import TARGETS, find
 
 TARGET = TARGETS["generic"]
 HERE = Machine("CPU", (), 2, "0.27")
@@ -328,13 +329,15 @@ def test_no_compiler(monkeypatch, capsys):
 def test_command(tmp_path, capsys, monkeypatch):
     """The shapes of `tiny` on this CPU, by the command; then an interrupted one."""
     monkeypatch.chdir(tmp_path)
-    options = ["--model", "tiny", "--ops", "int8_matmul", "--trials", "2", "--cold-mib", "1"]
+    bits = head_bits.choose(None, MODELS["tiny"], find("native"))
+    op = "int8_matmul" if bits == 8 else "grouped_matmul"
+    options = ["--model", "tiny", "--ops", op, "--trials", "2", "--cold-mib", "1"]
     if not any(len(values) > 1 for f in ("avx2", "neon") for values in knobs_of_family(f)):
         pytest.skip("no kernel of this machine's has knobs")
     assert tune.main([*options, "--records", "here"]) == 0
     out, err = capsys.readouterr()
     path = Path(out.split()[1])
-    assert {r.op for r in store.read(path).records} == {"int8_matmul"}
+    assert {r.op for r in store.read(path).records} == {op}
     assert "2/2" in err and "done" in err
     monkeypatch.setattr(tune, "tune", lambda config: os.kill(os.getpid(), signal.SIGINT))
     assert tune.main(options) == 130
