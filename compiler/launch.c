@@ -187,7 +187,10 @@ static int launch(Body body, void *closure, int num_task) {
     failed |= body(worker->task_id, &pool.env, closure);
     ++taken;
   }
-  if (atomic_fetch_sub(&pool.running, taken) != taken) pass_gate(&pool.done, passed);
+  /* Whoever finishes the last share ends the launch. Where that is a worker, its opening of the gate
+     is waited for even if all is done: a late one would end the next launch before its time. */
+  int by_caller = taken && atomic_fetch_sub(&pool.running, taken) == taken;
+  if (num_task > 1 && !by_caller) pass_gate(&pool.done, passed);
   failed |= atomic_load(&pool.failed);
   pthread_mutex_unlock(&pool.taken);
   /* A worker's error is in the worker's thread: run the loop here to have it, or to succeed. */
