@@ -88,6 +88,31 @@ callers = [threading.Thread(target=many) for _ in range(2)]
 }
 
 
+# Two launches of two shares, milliseconds: the worker ends the first within the caller's own 20
+# and opens the gate 40 later, amid the second, of which it then takes its share of 100.
+LATE = """
+#include <stdio.h>
+static int finished;
+static int first(int task, Env *env, void *closure) {
+  (void)env, (void)closure;
+  if (!task) usleep(20000);
+  return 0;
+}
+static int second(int task, Env *env, void *closure) {
+  (void)env, (void)closure;
+  usleep(task ? 100000 : 80000);
+  if (task) finished = 1;
+  return 0;
+}
+int main(void) {
+  launch(first, 0, 2);
+  launch(second, 0, 2);
+  puts(finished ? "finished" : "a share was still running");
+  return 0;
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     @T.prim_func(s_tir=True)
@@ -112,6 +137,16 @@ def test_launch(library, case):
     command = [sys.executable, "-c", SETUP + CASES[case], library]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_gate_opened_late_ends_no_other_launch(tmp_path):
+    """The worker loses its core between its share and the opening of the gate."""
+    code, end = LAUNCH.read_text(), "== 1) open_gate(&pool.done)"
+    assert code.count(end) == 1
+    source, program = tmp_path / "late.c", tmp_path / "late"
+    source.write_text(code.replace(end, "== 1) usleep(60000), open_gate(&pool.done)") + LATE)
+    subprocess.run(["gcc", "-pthread", "-o", program, source], check=True)
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "finished\n"
 
 
 def test_tvm_does_not_find_the_pointer(library):
