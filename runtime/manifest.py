@@ -45,7 +45,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """artifact.json: its version and the types of its fields."""
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
-        raise ArtifactError(f"artifact: asked for {path}, which {what}")
+        raise ArtifactError(
+            f"artifact: asked for {path}, which {what}; possible: a directory written by "
+            "python -m compiler.build"
+        )
     if not (path / MANIFEST).is_file():
         raise ArtifactError(
             f"artifact: {path} is not an artifact: it has no {MANIFEST}, it holds "
