@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,19 @@ from runtime.engine import Engine
 
 EPS = 1e-5
 Weights = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Prompt:
+    """A captured prompt: reads and writes at the addresses of its inputs and logits."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[torch.Tensor, ...]  # held: freed, their memory would be another's
+    logits: torch.Tensor
+
+    def __call__(self) -> None:
+        self.graph.replay()
+        self.logits.float().cpu()
 
 
 class Peer:
@@ -63,7 +77,7 @@ class Peer:
         return F.linear(x[-1:], self.table)
 
     @torch.inference_mode()
-    def prompt(self, length: int) -> Callable[[], None]:
+    def prompt(self, length: int) -> Prompt:
         """A call that runs a prompt of this length to its end."""
         tokens = torch.randint(0, self.table.shape[0], (length,), device="cuda")
         angle = torch.rand(length, 1, self.dim // 2, device="cuda")
@@ -74,12 +88,7 @@ class Peer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._forward(tokens, cos, sin)
-
-        def run() -> None:
-            graph.replay()
-            logits.float().cpu()
-
-        return run
+        return Prompt(graph, (tokens, cos, sin), logits)
 
 
 def weight(*shape: int) -> torch.Tensor:
