@@ -6,21 +6,27 @@
 scale[n] is a float, applied once at the end. llama.cpp's Q6_K and Q4_K have integer group scales
 for the same reason, over 16 and 32 columns.
 
-A packed row, uint8, K a multiple of 64, code' = code + 2**(bits - 1):
+A packed row, uint8, K a multiple of 64, code' = code + 2**(bits - 1), is one line of 64 bytes or
+more for the group scales and then, for every block of 256 columns, two lines or three. Byte j of
+a line holds code'[64f + j] of the block's groups f < 4, those past K 0:
 
-    bytes     | holds
-    K/2       | byte 32g + j: code'[64g + j] & 15 | (code'[64g + 32 + j] & 15) << 4
-    K/4       | at 6 bits: byte 16g + j: sum over f < 4 of (code'[64g + 16f + j] >> 4) << 2f
-    K/64      | group
-    up to 64x | zeros
+    line   | holds
+    first  | group, zeros up to a multiple of 64
+    0, 1   | (code'[128h + j] & 15) | (code'[128h + 64 + j] & 15) << 4 in line h
+    2      | at 6 bits: sum over f < 4 of (code'[64f + j] >> 4) << 2f
+
+So a row is read from end to end by one pointer, whole lines at a time, scales first, and a shift
+and a mask leave a register of 64, 32 or 16 bytes in the order of the columns.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 GROUP = 64  # columns that share a group scale
 MAX_GROUP_SCALE = 63
 LINE = 64  # a packed row is a multiple of as many bytes
+BLOCK = 4 * GROUP  # columns of two or three lines
 BITS = (6, 4)
 TABLE_BITS = (8, *BITS)  # 8: INT8 rows, which are not grouped
 SEARCH = tuple(i / 16 for i in range(9, 18))  # of a group scale that clips nothing
@@ -30,7 +36,7 @@ SMALLEST = 1e-30  # largest |w| of a row that is not taken for zero
 
 def row_bytes(k: int, bits: int) -> int:
     """Bytes of a packed row of k codes."""
-    return -(-(k * bits // 8 + k // GROUP) // LINE) * LINE
+    return LINE * (-(-k // GROUP // LINE) + -(-k // BLOCK) * bits // 2)
 
 
 def largest_k(bits: int) -> int:
@@ -79,29 +85,29 @@ def _quantize(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def pack(codes: Tensor, group: Tensor, bits: int) -> Tensor:
     """codes i8[N, K], group u8[N, K/64] -> u8[N, row_bytes]."""
     n, k = codes.shape
+    blocks = -(-k // BLOCK)
     if problem := why_not(k, bits):
         raise ValueError(f"grouped: {problem}")
-    code = (codes + 2 ** (bits - 1)).to(torch.uint8).reshape(n, -1, GROUP)
+    code = (codes + 2 ** (bits - 1)).to(torch.uint8)
+    code = pad(code, (0, blocks * BLOCK - k)).reshape(n, blocks, 4, GROUP)
     low = code & 15
-    planes = [low[..., :32] | low[..., 32:] << 4]
+    lines = [low[:, :, h] | low[:, :, h + 1] << 4 for h in (0, 2)]
     if bits == 6:
-        high = (code >> 4).reshape(n, -1, 4, 16)
-        planes.append(sum(high[:, :, f] << 2 * f for f in range(4)))
-    row = torch.cat([*(plane.reshape(n, -1) for plane in planes), group], dim=1)
-    return torch.nn.functional.pad(row, (0, row_bytes(k, bits) - row.shape[1]))
+        high = [code[:, :, f] >> 4 << 2 * f for f in range(4)]
+        lines.append(high[0] | high[1] | high[2] | high[3])
+    scales = pad(group, (0, -(k // GROUP) % LINE))
+    return torch.cat([scales, torch.stack(lines, dim=2).reshape(n, -1)], dim=1)
 
 
 def unpack(packed: Tensor, k: int, bits: int) -> tuple[Tensor, Tensor]:
     """The inverse of `pack`."""
-    n, groups = packed.shape[0], k // GROUP
-    nibbles = packed[:, : k // 2].reshape(n, groups, 32)
-    code = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)
+    n, blocks = packed.shape[0], -(-k // BLOCK)
+    lines = packed.reshape(n, -1, LINE)[:, -(blocks * bits // 2) :].reshape(n, blocks, -1, LINE)
+    code = torch.stack([lines[:, :, f // 2] >> f % 2 * 4 & 15 for f in range(4)], dim=2)
     if bits == 6:
-        high = packed[:, k // 2 : k * 3 // 4].reshape(n, groups, 1, 16)
-        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).reshape(4, 1)
-        code |= ((high >> shifts & 3) << 4).reshape(n, groups, GROUP)
-    codes = code.to(torch.int8).reshape(n, k) - 2 ** (bits - 1)
-    return codes, packed[:, k * bits // 8 :][:, :groups]
+        code |= torch.stack([(lines[:, :, 2] >> 2 * f & 3) << 4 for f in range(4)], dim=2)
+    codes = code.reshape(n, -1)[:, :k].to(torch.int8) - 2 ** (bits - 1)
+    return codes, packed[:, : k // GROUP]
 
 
 def levels(packed: Tensor, k: int, bits: int) -> Tensor:

@@ -2,14 +2,12 @@
 
     w[n, k] = code[n, k] * group[n, k // 64] * scale[n]         code' = code + 2**(bits - 1)
 
-    bytes of a row  | hold, for a group g of 64 columns
-    K/2             | byte 32g + j: code'[j] & 15 | (code'[32 + j] & 15) << 4
-    K/4, at 6 bits  | byte 16g + j: sum over f < 4 of (code'[16f + j] >> 4) << 2f
-    K/64            | group, 1..63
-    up to 64x       | zeros
+    lines of a row of 64 bytes | byte j, for the groups f < 4 of a block of 256 columns
+    ceil(K/64 / 64)            | group, 1..63; zeros behind them
+    per block: 2               | line h: (code'[128h + j] & 15) | (code'[128h + 64 + j] & 15) << 4
+    1 more at 6 bits           | sum over f of (code'[64f + j] >> 4) << 2f
 
-One layout for every machine, written by model/grouped.py, which says why it is so. With 16, 32 or
-64 bytes a register, the codes of a group come out in the order of their columns.
+One layout for every machine, written by model/grouped.py, which says why it is so.
 """
 
 from tvm.ir import Expr
@@ -17,18 +15,23 @@ from tvm.script import tirx as T
 
 GROUP = 64
 LINE = 64
+BLOCK = 4 * GROUP
 BITS = (6, 4)
 MAX_GROUP_SCALE = 63
 
 
 def row_bytes(k: int, bits: int) -> int:
     """Bytes of a row of k columns."""
-    return -(-(scales_at(k, bits) + k // GROUP) // LINE) * LINE
+    return blocks_at(k) + -(-k // BLOCK) * block_bytes(bits)
 
 
-def scales_at(k: int, bits: int) -> int:
-    """The byte of a row where its groups' scales begin."""
-    return k * bits // 8
+def blocks_at(k: int) -> int:
+    """The byte of a row where its blocks begin, behind the scales."""
+    return -(-k // GROUP // LINE) * LINE
+
+
+def block_bytes(bits: int) -> int:
+    return BLOCK * bits // 8
 
 
 def offset(bits: int) -> int:
@@ -46,13 +49,14 @@ def why_not(k: int, bits: int) -> str | None:
 
 def code(w, n, k: int, bits: int, group, j) -> Expr:
     """code[n, 64 group + j] as int32, j an index within the group"""
-    low = T.shift_right(T.cast(w[n, 32 * group + j % 32], "int32"), j // 32 * 4) & 15
+    at, f = blocks_at(k) + group // 4 * block_bytes(bits) + j, group % 4
+    low = T.shift_right(T.cast(w[n, at + f // 2 * LINE], "int32"), f % 2 * 4) & 15
     if bits == 6:
-        high = T.cast(w[n, k // 2 + 16 * group + j % 16], "int32")
-        low = low | (T.shift_right(high, j // 16 * 2) & 3) << 4
+        high = T.cast(w[n, at + 2 * LINE], "int32")
+        low = low | (T.shift_right(high, f * 2) & 3) << 4
     return low - offset(bits)
 
 
-def group_scale(w, n, k: int, bits: int, group) -> Expr:
+def group_scale(w, n, group) -> Expr:
     """group[n, group] as int32"""
-    return T.cast(w[n, scales_at(k, bits) + group], "int32")
+    return T.cast(w[n, group], "int32")

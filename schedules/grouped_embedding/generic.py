@@ -20,7 +20,7 @@ def kernel(vocab: int, k: int, bits: int, target: CpuTarget) -> PrimFunc:
         token = T.bind(tokens[m])
         with T.serial(k // GROUP) as group, T.serial(GROUP) as j:
             level = code(table, token, k, bits, group, j)
-            level = level * group_scale(table, token, k, bits, group)
+            level = level * group_scale(table, token, group)
             value = T.cast(level, "float32") * table_scale[token]
             T.buffer_store(y, value, [m, GROUP * group + j])
 

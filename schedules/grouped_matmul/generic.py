@@ -43,7 +43,7 @@ def kernel(n: int, k: int, bits: int, target: CpuTarget) -> PrimFunc:
                         for j in T.serial(GROUP):
                             at = T.meta_var(GROUP * group + j)
                             part += T.cast(q[m, at], "int32") * T.cast(codes[at], "int32")
-                        acc += part * group_scale(w, row, k, bits, group)
+                        acc += part * group_scale(w, row, group)
                     out[m, row] = end.value(T.cast(acc, "float32"), scale[m] * w_scale[row], None)
 
     return grouped_matmul

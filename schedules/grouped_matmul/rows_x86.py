@@ -2,16 +2,18 @@
 the last product, so that grouping costs nothing.
 
 Codes are unsigned bytes c' = c + 2**(bits - 1), of which `vpmaddubsw` makes pairs' sums with q, at
-most 2 * 63 * 128: 16 bits hold them. The excess of the pair, 2**(bits - 1) (q[2i] + q[2i+1]), is
-taken off. `vpmaddwd`, which an INT8 product needs too and multiplies by 1, multiplies by the
-group's scale here.
+most 2 * 63 * 128: 16 bits hold them. `vpmaddwd`, which an INT8 product needs too and multiplies by
+1, multiplies by the group's scale here. What the codes are too large by adds 2**(bits - 1) times
+the sum of q to a group: taken off once a row, where the scales are read.
 
-    excess[M, K/2] = 2**(bits - 1) * sums of pairs of q         int16, once
+    excess[M, K/64] = 2**(bits - 1) * sum of the group's q     once
     for thread in threads:                              parallel, a share of the table's rows each
         M = 1:  for n in share/STREAMS:                 streams far apart, each one long run
                     steps[STREAMS, K/64]                group scales as pairs of int16, L1
-                    for group in K/64:                  one register of sums a stream
-                        sums[s] += (codes(w[n + s share/STREAMS, group]) * q[group]) * steps[s]
+                    sums[s] = -excess * steps[s]
+                    for block of 256 columns:           one register of sums a stream
+                        for group in 4:
+                            sums[s] += (codes(w[n + s share/STREAMS]) * q) * steps[s, group]
         M > 1:  for n in share, by PAIR:
                     for m in M, by ROWS:                PAIR * ROWS registers of sums
     out[m, n] = sum of lanes
@@ -20,7 +22,7 @@ group's scale here.
     STREAMS  | 4, 8       | the memory's prefetchers, which follow one run a page: knob
     PREFETCH | 2048       | bytes ahead in a stream, over the end of a page, where they stop: knob
     PAIR     | 2          | codes of a row are unpacked once for ROWS of q
-    ROWS     | 2, 4       | PAIR * ROWS sums, ROWS of q and of its excess: 16 registers, 32
+    ROWS     | 2, 4       | PAIR * ROWS sums, codes of a block: 16 registers, 32
 """
 
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from tvm.tirx import PrimFunc, Var
 
 from schedules import grouped
 from schedules.epilogue import EPILOGUES, Output
-from schedules.grouped import GROUP
+from schedules.grouped import BLOCK, GROUP, LINE
 from schedules.intrin import avx2, threads
 
 PAIR = 2
@@ -44,7 +46,6 @@ class Vectors:
 
     bytes: int  # of a register
     rows: int  # ROWS above
-    codes: Callable[..., list[Expr]]  # (w, n, k, bits, group) -> c', whole registers
     multiply_add_bytes: Callable[[Expr, Expr], Expr]
     add_products: Callable[[Expr, Expr, Expr], Expr]  # sums, int16, int16 -> sums
 
@@ -53,9 +54,12 @@ class Vectors:
         return self.bytes // 4
 
     @property
-    def columns(self) -> range:
-        """First columns of the registers of a group."""
-        return range(0, GROUP, self.bytes)
+    def parts(self) -> range:
+        """First bytes of the registers of a line."""
+        return range(0, LINE, self.bytes)
+
+    def splat(self, value: int) -> Expr:
+        return T.broadcast(T.uint8(value), self.bytes)
 
 
 def padded_groups(k: int, x86: Vectors) -> int:
@@ -63,61 +67,88 @@ def padded_groups(k: int, x86: Vectors) -> int:
     return -(-k // GROUP // x86.lanes) * x86.lanes
 
 
+def codes(w, n, at, bits: int, groups: int, x86: Vectors) -> list[Expr]:
+    """c' of a register's columns of each group, of the lines of a block from byte `at` on"""
+    lines = [
+        T.Bind(avx2.load(w, n, at + LINE * line, lanes=x86.bytes)) for line in range(bits // 2)
+    ]
+    found = []
+    for f in range(groups):
+        code = avx2.shift_bytes(lines[f // 2], -4 * (f % 2)) & x86.splat(15)
+        if bits == 6:
+            code = code | (avx2.shift_bytes(lines[2], 4 - 2 * f) & x86.splat(0x30))
+        found.append(T.Bind(code))
+    return found
+
+
 def write_excess(excess, q, m, k: int, bits: int, x86: Vectors):
-    """excess[m] = what the codes' offset adds to each pair of products"""
-    with T.serial(k // x86.bytes) as v:
-        offsets = T.broadcast(T.uint8(grouped.offset(bits)), x86.bytes)
-        activations = avx2.load(q, m, x86.bytes * v, lanes=x86.bytes)
-        value = x86.multiply_add_bytes(offsets, activations)
-        avx2.store(excess, m, x86.bytes // 2 * v, value=value, lanes=x86.bytes // 2)
-
-
-def write_steps(steps, i, w, n, k: int, bits: int, x86: Vectors):
-    """steps[i, group] = the group's scale in both halves; what follows the scales is read too"""
-    with T.serial(padded_groups(k, x86) // x86.lanes) as v:
-        at = grouped.scales_at(k, bits) + x86.lanes * v
-        found = T.cast(avx2.load(w, n, at, lanes=x86.lanes), f"int32x{x86.lanes}")
-        twice = found * T.broadcast(T.int32(0x10001), x86.lanes)
-        avx2.store(steps, i, x86.lanes * v, value=twice, lanes=x86.lanes)
-
-
-def lane_sums(lanes, steps, w, q, excess, table_rows, rows, k, bits, prefetch: int, x86: Vectors):
-    """lanes[i * len(rows) + j] = sums of row i of the table times row j of q"""
-    avx2.clear(lanes, len(table_rows) * len(rows), "int32", x86.lanes)
-    share = -(-int(w.shape[1]) * GROUP // k)  # of a row, to prefetch with each group
+    """excess[m, group] = what the codes' offset adds to the group's sum; 0 behind the last"""
+    with T.serial(padded_groups(k, x86) - k // GROUP) as i:
+        T.buffer_store(excess, T.int32(0), [m, k // GROUP + i])
     with T.serial(k // GROUP) as group:
+        total = avx2.splat("int32", 0, x86.lanes)
+        for part in x86.parts:
+            activations = avx2.load(q, m, GROUP * group + part, lanes=x86.bytes)
+            pairs = x86.multiply_add_bytes(x86.splat(grouped.offset(bits)), activations)
+            total = x86.add_products(total, pairs, avx2.splat("int16", 1, 2 * x86.lanes))
+        T.buffer_store(excess, avx2.sum_lanes(total), [m, group])
 
-        def of_rows(buffer, wide: int):
-            """The group's columns, `wide` of them an element, of every row"""
-            lanes = x86.bytes // wide
-            at = [(GROUP * group + column) // wide for column in x86.columns]
-            return [[T.Bind(avx2.load(buffer, m, c, lanes=lanes)) for c in at] for m in rows]
 
-        signed, over = of_rows(q, 1), of_rows(excess, 2)
-        for i, n in enumerate(table_rows):
-            codes = [T.Bind(register) for register in x86.codes(w, n, k, bits, group)]
-            if prefetch:
-                avx2.prefetch(w, n, share * group + prefetch)
-            step = T.broadcast(steps[i, group], x86.lanes)
-            step = T.Bind(T.reinterpret(f"int16x{2 * x86.lanes}", step))
-            for j in range(len(rows)):
-                at = i * len(rows) + j
-                total = avx2.load(lanes, at, 0, lanes=x86.lanes)
-                for code, activations, offset in zip(codes, signed[j], over[j], strict=True):
-                    pairs = x86.multiply_add_bytes(code, activations) - offset
-                    total = x86.add_products(total, pairs, step)
-                avx2.store(lanes, at, 0, value=total, lanes=x86.lanes)
+def begin_row(sums, steps, i, w, n, excess, rows, k: int, prefetch: int, x86: Vectors):
+    """steps[i, group] = the group's scale in both halves; sums = what is too much, negative"""
+    for total in sums:
+        avx2.store(total, 0, value=avx2.splat("int32", 0, x86.lanes), lanes=x86.lanes)
+    if prefetch:
+        avx2.prefetch(w, n, prefetch)
+    with T.serial(padded_groups(k, x86) // x86.lanes) as v:
+        at = x86.lanes * v
+        found = T.Bind(T.cast(avx2.load(w, n, at, lanes=x86.lanes), f"int32x{x86.lanes}"))
+        twice = found * avx2.splat("int32", 0x10001, x86.lanes)
+        avx2.store(steps, i, at, value=twice, lanes=x86.lanes)
+        for total, m in zip(sums, rows, strict=True):
+            surplus = avx2.load(excess, m, at, lanes=x86.lanes) * found
+            avx2.add(total, 0, value=-surplus, lanes=x86.lanes)
+
+
+def add_block(sums, steps, i, w, n, q, rows, block, groups: int, bits, prefetch, x86: Vectors):
+    """sums[j] += products of `groups` groups of a block of row n with row j of q"""
+    at = grouped.blocks_at(int(q.shape[1])) + grouped.block_bytes(bits) * block
+    for line in range(bits // 2 if prefetch else 0):
+        avx2.prefetch(w, n, at + LINE * line + prefetch)
+    for part in x86.parts:
+        found = codes(w, n, at + part, bits, groups, x86)
+        for total, m in zip(sums, rows, strict=True):
+            value = avx2.load(total, 0, lanes=x86.lanes)
+            for f, code in enumerate(found):
+                column = BLOCK * block + GROUP * f + part
+                pairs = x86.multiply_add_bytes(code, avx2.load(q, m, column, lanes=x86.bytes))
+                step = T.broadcast(steps[i, BLOCK // GROUP * block + f], x86.lanes)
+                step = T.reinterpret(f"int16x{2 * x86.lanes}", step)
+                value = x86.add_products(value, pairs, step)
+            avx2.store(total, 0, value=value, lanes=x86.lanes)
 
 
 def tile(output, w, q, excess, table_rows, rows, k: int, bits: int, prefetch: int, x86: Vectors):
     """out of these rows of the table and of q"""
-    lanes = T.alloc_buffer((len(table_rows) * len(rows), x86.lanes), "int32", scope="local")
+    # Registers: a buffer each, and not of scope "local", which TVM takes from the heap
+    sums = [[T.alloc_buffer((x86.lanes,), "int32") for _ in rows] for _ in table_rows]
     steps = T.alloc_buffer((len(table_rows), padded_groups(k, x86)), "int32")
+    # as int64, so that a row has one address and not one for each of its lines
+    at = [T.Bind(T.cast(n, "int64")) for n in table_rows]
+    for i, n in enumerate(at):
+        begin_row(sums[i], steps, i, w, n, excess, rows, k, prefetch, x86)
+
+    def add(block, groups: int):
+        for i, n in enumerate(at):
+            add_block(sums[i], steps, i, w, n, q, rows, block, groups, bits, prefetch, x86)
+
+    with T.serial(k // BLOCK) as block:
+        add(block, BLOCK // GROUP)
+    if k % BLOCK:
+        add(k // BLOCK, k % BLOCK // GROUP)
     for i, n in enumerate(table_rows):
-        write_steps(steps, i, w, n, k, bits, x86)
-    lane_sums(lanes, steps, w, q, excess, table_rows, rows, k, bits, prefetch, x86)
-    for at, (n, m) in enumerate((n, m) for n in table_rows for m in rows):
-        output.store_one(m, n, avx2.sum_lanes(avx2.load(lanes, at, 0, lanes=x86.lanes)))
+        for total, m in zip(sums[i], rows, strict=True):
+            output.store_one(m, n, avx2.sum_lanes(avx2.load(total, 0, lanes=x86.lanes)))
 
 
 def kernel(n: int, k: int, bits: int, streams: int, prefetch: int, x86: Vectors) -> PrimFunc:
@@ -148,7 +179,7 @@ def kernel(n: int, k: int, bits: int, streams: int, prefetch: int, x86: Vectors)
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         output = T.meta_var(Output(end, n, scale, w_scale, None, out))
         with T.sblock("root"):
-            excess = T.alloc_buffer((rows, k // 2), "int16")
+            excess = T.alloc_buffer((rows, padded_groups(k, x86)), "int32")
             tile_of = T.meta_var(
                 lambda table_rows, at, ahead: tile(
                     output, w, q, excess, table_rows, at, k, bits, ahead, x86

@@ -13,6 +13,7 @@ from schedules.intrin.lanes import clear as clear
 from schedules.intrin.lanes import constant as constant
 from schedules.intrin.lanes import like as like
 from schedules.intrin.lanes import load as load
+from schedules.intrin.lanes import splat as splat
 from schedules.intrin.lanes import store as store
 
 
@@ -37,13 +38,20 @@ def low_nibbles(bytes_: Expr) -> Expr:
 
 
 def high_nibbles(bytes_: Expr) -> Expr:
-    return low_nibbles(shift_bytes_right(bytes_, 4))
+    return low_nibbles(shift_bytes(bytes_, -4))
 
 
-def shift_bytes_right(bytes_: Expr, bits: int) -> Expr:
-    """vpsrlw: there is no shift of bytes, so bits of the byte above enter; mask them off."""
-    pairs = T.reinterpret("uint16x16", bytes_)
-    return T.reinterpret("uint8x32", T.shift_right(pairs, T.broadcast(T.uint16(bits), 16)))
+def shift_bytes(bytes_: Expr, left: int) -> Expr:
+    """vpsllw, or vpsrlw where left < 0, any register: there is no shift of bytes, so bits of the
+    neighbouring byte enter; mask them off."""
+    if left == 0:
+        return bytes_
+    dtype, lanes = str(bytes_.ty.dtype), bytes_.ty.dtype.lanes // 2
+    pairs, amount = (
+        T.reinterpret(f"uint16x{lanes}", bytes_),
+        T.broadcast(T.uint16(abs(left)), lanes),
+    )
+    return T.reinterpret(dtype, (T.shift_left if left > 0 else T.shift_right)(pairs, amount))
 
 
 def sign_half(a: Expr, b: Expr) -> Expr:

@@ -45,12 +45,6 @@ def rotate_right(bytes_: Expr, bits: list[int]) -> Expr:
     return T.reinterpret("uint8x64", rotated)
 
 
-def shift_bytes_right(bytes_: Expr, bits: int) -> Expr:
-    """vpsrlw: there is no shift of bytes, so bits of the byte above enter; mask them off."""
-    pairs = T.reinterpret("uint16x32", bytes_)
-    return T.reinterpret("uint8x64", T.shift_right(pairs, T.broadcast(T.uint16(bits), 32)))
-
-
 def biased(signed: Expr) -> Expr:
     """a + 128 as unsigned bytes, by flipping the sign bit."""
     return T.reinterpret("uint8x64", signed) ^ T.broadcast(T.uint8(128), 64)

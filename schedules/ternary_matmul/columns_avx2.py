@@ -56,7 +56,7 @@ def codes(first, second):
     ]
     for f in range(FIELDS):
         for side in sides:
-            yield (avx2.shift_bytes_right(side, 2 * f) if f else side) & mask
+            yield avx2.shift_bytes(side, -2 * f) & mask
 
 
 def activation_pair(qs, *index):

@@ -84,7 +84,7 @@ CASES = {
             "grouped_embedding",
             {
                 "tokens": ("int64", (M,)),
-                "table": ("uint8", (512, 128)),
+                "table": ("uint8", (512, 256)),
                 "table_scale": ("float32", (512,)),
             },
             {"k": 128, "bits": 6},
@@ -116,7 +116,7 @@ CASES = {
             {
                 "q": ("int8", (M, 128)),
                 "scale": ("float32", (M,)),
-                "w": ("uint8", (64, 128)),
+                "w": ("uint8", (64, 256)),
                 "w_scale": ("float32", (64,)),
             },
             {"bits": 6},

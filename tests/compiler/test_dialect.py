@@ -72,8 +72,8 @@ REFUSED = [
         "int8_matmul: w is uint8 (64, 12), expected int8 (N, 48)",
     ),
     (
-        CASES["grouped_matmul"].but(w=("uint8", (64, 96))),
-        "grouped_matmul: w has rows of 96 bytes, expected 128 for 128 columns at 6 bits",
+        CASES["grouped_matmul"].but(w=("uint8", (64, 128))),
+        "grouped_matmul: w has rows of 128 bytes, expected 256 for 128 columns at 6 bits",
     ),
     (
         CASES["grouped_embedding"].but(k=100),

@@ -32,19 +32,26 @@ def test_unpack_inverts_pack(bits, n, groups, seed):
 
 @BITS
 def test_where_a_code_lies(bits):
-    codes, group = random_table(2, 3, bits, 0)
-    k = codes.shape[1]
+    codes, group = random_table(2, 7, bits, 0)
     packed = grouped.pack(codes, group, bits)
+    assert packed.shape[1] == 64 + 2 * 32 * bits
     for n in range(2):
         row = packed[n].tolist()
-        for column in range(k):
-            g, j = divmod(column, 64)
-            code = row[32 * g + j % 32] >> (4 if j >= 32 else 0) & 15
+        for column in range(7 * 64):
+            block, j = divmod(column, 256)
+            line = 64 + block * 32 * bits + j % 64
+            code = row[line + j // 128 * 64] >> (4 if j % 128 >= 64 else 0) & 15
             if bits == 6:
-                code |= (row[k // 2 + 16 * g + j % 16] >> 2 * (j // 16) & 3) << 4
+                code |= (row[line + 128] >> 2 * (j // 64) & 3) << 4
             assert code - 2 ** (bits - 1) == codes[n, column]
-        assert row[k * bits // 8 :][:3] == group[n].tolist()
-        assert not any(row[k * bits // 8 + 3 :])
+        assert row[:64] == group[n].tolist() + 57 * [0]
+
+
+def test_bytes_of_a_row():
+    """As many as K codes and their scales take, where both are whole lines."""
+    assert grouped.row_bytes(2560, 6) == 64 + 2560 * 6 // 8
+    assert grouped.row_bytes(4096, 4) == 64 + 4096 // 2
+    assert grouped.row_bytes(4160, 4) == 128 + 4160 // 2 + 96
 
 
 @pytest.mark.parametrize("bits, most", [(6, 0.03), (4, 0.12)])
