@@ -30,6 +30,7 @@ from runtime.errors import RuntimeRefusal, require_whole
 from runtime.sampler import Sampler
 
 SPARSITY_STEPS = 32  # decode steps over which the zeros are averaged
+LEFT_OUT = ("samples", "sparsity", "memory")  # of CSV: they are not one number
 Advance = Callable[[int], None]
 
 
@@ -48,6 +49,7 @@ class Row:
     context: int
     params_bytes: int
     kv_cache_bytes: int
+    memory: dict[str, int]  # of the process after the test: runtime.host.memory
     sparsity: dict[str, Any] | None
 
 
@@ -100,6 +102,7 @@ def measure(engine: Engine, kind: str, size: int, repetitions: int, advance: Adv
             seconds, tokens = time_decode(engine, size, repetition)
         samples.append(cli.rate(size, seconds))
         advance(size)
+    memory = host.memory()  # before the zeros: they are recorded by a second set of kernels
     if kind == "tg":
         sparsity = measure_sparsity(engine, tokens)
     samples = samples[1:]
@@ -115,6 +118,7 @@ def measure(engine: Engine, kind: str, size: int, repetitions: int, advance: Adv
         context=engine.context,
         params_bytes=engine.artifact.params_bytes,
         kv_cache_bytes=engine.cache.nbytes(),
+        memory=memory,
         sparsity=sparsity,
     )
 
@@ -130,13 +134,25 @@ def show_sparsity(row: Row) -> str:
     )
 
 
+def show_memory(row: Row) -> str:
+    """One line on what the process holds, and held at its peak, beside what the model needs."""
+    needed = row.params_bytes + row.kv_cache_bytes
+    names = {"rss": "resident", "rss_peak": "at the peak"}
+    held = ", ".join(
+        f"{host.show_bytes(row.memory[key])} {name} ({row.memory[key] / needed:.2f})"
+        for key, name in names.items()
+        if key in row.memory
+    )
+    return f"memory: {held}; times the {host.show_bytes(needed)} of weights and KV cache"
+
+
 def write(rows: Sequence[Row], output: str) -> None:
     """The rows on stdout."""
     if output == "json":
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return
     if output == "csv":
-        names = [f.name for f in dataclasses.fields(Row) if f.name not in ("samples", "sparsity")]
+        names = [f.name for f in dataclasses.fields(Row) if f.name not in LEFT_OUT]
         table = csv.writer(sys.stdout, lineterminator="\n")
         table.writerow(names)
         table.writerows([getattr(row, name) for name in names] for row in rows)
@@ -202,6 +218,8 @@ def bench(options: argparse.Namespace) -> None:
     # Two numbers of threads meet the same zeros: say it once.
     for line in dict.fromkeys(show_sparsity(row) for row in rows if row.test.startswith("tg")):
         print(line, file=sys.stderr)
+    if engine.artifact.manifest["device"] == "cpu":  # what a GPU holds, no process does
+        print(show_memory(rows[-1]), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

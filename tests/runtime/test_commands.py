@@ -151,7 +151,9 @@ def test_bench_markdown(run_module, artifact):
     assert len(lines) == 4 and lines[0].startswith("| model | params | target |")
     for line, name in zip(lines[2:], ("pp9", "tg5"), strict=True):
         assert re.fullmatch(rf"\| fake \| .* \| 3 \| {name} \| [\d.]+ ± [\d.]+ \|", line)
-    assert done.stderr.decode() == "sparsity: not recorded\n"
+    sparsity, memory = done.stderr.decode().splitlines()
+    assert sparsity == "sparsity: not recorded"
+    assert re.fullmatch(r"memory: .* resident \([\d.]+\), .* at the peak \([\d.]+\); .*", memory)
 
 
 def test_bench_json(run_module, artifact):
@@ -164,6 +166,7 @@ def test_bench_json(run_module, artifact):
         assert len(row["samples"]) == 3 and row["sd"] >= 0 and row["target"] == "generic"
         assert abs(row["tokens_per_second"] - sum(row["samples"]) / 3) < 1e-6
     assert rows[0]["sparsity"] is None
+    assert rows[2]["memory"]["rss_peak"] >= rows[0]["memory"]["rss_peak"] > 2**20
     assert rows[2]["sparsity"]["down_proj_by_layer"] == pytest.approx([0.5, 0.6])
     assert b"sparsity: tg5: 5.0% zeros at o_proj, 55.0% at down_proj" in done.stderr
 
@@ -172,7 +175,7 @@ def test_bench_csv_leaves_rows_out(run_module, artifact):
     done = run_module(BENCH, artifact, *QUICK, "-p", "0", "-o", "csv")
     (row,) = csv.DictReader(io.StringIO(done.stdout.decode()))
     assert row["test"] == "tg5" and float(row["tokens_per_second"]) > 0
-    assert run_module(BENCH, artifact, *QUICK, "-n", "0").stderr == b""
+    assert b"sparsity" not in run_module(BENCH, artifact, *QUICK, "-n", "0").stderr
 
 
 def start(*arguments) -> subprocess.Popen:
