@@ -52,7 +52,7 @@ class Device(Protocol):
 
 class Cpu:
     def __init__(self) -> None:
-        self.handle = tvm_runtime.load().cpu()
+        self.handle = tvm_runtime.cpu()
 
     def require(self, parts: dict[str, int]) -> None:
         """The system grants pages as they are written; `zeros` refuses what it will not map."""
@@ -98,31 +98,32 @@ class Cuda:
     """The first GPU. Refuses where there is none, or none that the library was built for."""
 
     def __init__(self, archs: Sequence[str]) -> None:
-        self.handle = tvm_runtime.load_cuda()
-        if not self.handle.exist:
+        self._gpu = tvm_runtime.load_cuda()
+        if not self._gpu.exists:
             raise ArtifactError(
                 "device: the artifact is for CUDA; found no GPU or no driver on this "
                 f"{host.machine()} host; possible: a host where nvidia-smi lists a GPU, or a "
                 "build with --target native"
             )
-        capability = str(self.handle.compute_version)
+        capability = str(self._gpu.compute_version)
         if not any(runs_on(arch, capability, arch == archs[-1]) for arch in archs):
             raise ArtifactError(
                 f"device: the library was built for {', '.join(archs)}; found a GPU of compute "
                 f"capability {capability}; possible: build with --target cuda on this host"
             )
+        self.handle = self._gpu.device
         self._inputs: dict[tuple, list[Any]] = {}
         self._parts: dict[str, int] = {}
         self._written: dict[tuple, list[np.ndarray]] = {}  # what they hold
 
     def require(self, parts: dict[str, int]) -> None:
         self._parts = dict(parts)
-        free = self.handle.available_global_memory
+        free = self._gpu.available_memory
         if free is not None and sum(parts.values()) > free:
             raise RuntimeRefusal(self._too_little())
 
     def _too_little(self) -> str:
-        free = self.handle.available_global_memory
+        free = self._gpu.available_memory
         needs = ", ".join(f"{name} {host.show_bytes(size)}" for name, size in self._parts.items())
         return (
             f"GPU memory: {host.show_bytes(sum(self._parts.values()))} needed ({needs}), "
@@ -131,9 +132,8 @@ class Cuda:
         )
 
     def place(self, arrays: Iterable[np.ndarray]) -> list[Any]:
-        tensor = tvm_runtime.load().runtime.tensor
         try:
-            return [tensor(array, self.handle) for array in arrays]
+            return [self._gpu.tensor(array) for array in arrays]
         except (RuntimeError, MemoryError) as error:  # another process was quicker
             reason = " ".join(str(error).split())[-REASON:]
             refusal = self.why(reason) or f"device: cannot place a tensor on the GPU: {reason}"
@@ -150,7 +150,7 @@ class Cuda:
             before = self._written[key]
             for tensor, array, old in zip(self._inputs[key], arrays, before, strict=True):
                 if not np.array_equal(array, old):  # a copy waits for the GPU
-                    tensor.copyfrom(array)
+                    self._gpu.write(tensor, array)
         self._written[key] = [array.copy() for array in arrays]
         return self._inputs[key]
 
@@ -162,7 +162,7 @@ class Cuda:
         return (step, *(len(array) for array in arrays))
 
     def fetch(self, tensor: Any) -> np.ndarray:
-        return tensor.numpy()
+        return self._gpu.read(tensor)
 
     def end_prompt(self) -> None:
         """What the pool holds is of constant size (compiler/passes/bound_rows.py) and stays."""

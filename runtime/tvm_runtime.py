@@ -1,8 +1,8 @@
-"""The one place that imports TVM: its 5 MB runtime, without the compiler and without torch.
+"""The one place that loads TVM: its 5 MB runtime library and tvm_ffi, the Python beside it.
 
-`import tvm` alone costs 3.6 s of CPU and 384 MB, because it loads the compiler and, when it is
-installed, torch. TVM_USE_RUNTIME_LIB=1 keeps out the first, a None in `sys.modules` the second;
-0.75 s and 80 MB are left. A process that has loaded the whole of TVM before keeps it.
+The package `tvm` is not imported: with its compiler it costs 3.6 s of CPU and 384 MB, in its lean
+form 0.6 s and 57 MB, tvm_ffi and the library alone 0.15 s and 21 MB. A process that has imported
+`tvm`, before or after, shares the library with it.
 """
 
 import contextlib
@@ -10,12 +10,12 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,40 +26,106 @@ from runtime.errors import ArtifactError, RuntimeRefusal
 ALIGNMENT = 64  # bytes: what TVM's kernels assume of every tensor
 THREADS = "TVM_NUM_THREADS"
 ALL_BIG_CORES = 1  # `runtime.config_threadpool`'s affinity mode
+POOLED = 2  # the virtual machine's allocator that keeps what it frees
 _configured = threading.local()
 _environment_lock = threading.Lock()
 
 
 @functools.cache
-def load() -> ModuleType:
-    """The `tvm` package, imported the lean way unless the process has it already."""
-    if "tvm" not in sys.modules:
-        with _environment(TVM_USE_RUNTIME_LIB="1"), _without_torch():
-            importlib.import_module("tvm")
-    importlib.import_module("tvm.runtime.vm")
+def load() -> Any:
+    """The `tvm_ffi` package, with TVM's runtime in the process."""
+    with _without_torch():
+        tvm_ffi = importlib.import_module("tvm_ffi")
+    _load_library("tvm_runtime")
     device_code.install()
-    return sys.modules["tvm"]
+    return tvm_ffi
 
 
-def load_cuda() -> Any:
+def _load_library(name: str) -> None:
+    """One of TVM's libraries, its symbols for all. Raises OSError, RuntimeError."""
+    package = importlib.util.find_spec("tvm")  # imports nothing
+    found = package.submodule_search_locations if package else None
+    places = [Path(place) / "lib" for place in found or ()]
+    if path := os.environ.get("TVM_LIBRARY_PATH"):
+        places.insert(0, Path(path))
+    libinfo = importlib.import_module("tvm_ffi.libinfo")
+    libinfo.load_lib_ctypes("tvm", name, "RTLD_GLOBAL", extra_lib_paths=places)
+
+
+def function(name: str) -> Any:
+    """One of TVM's global functions."""
+    return load().get_global_func(name)
+
+
+def cpu() -> Any:
+    return load().device("cpu", 0)
+
+
+class Gpu:
+    """The first GPU: facts, and tensors that are copied there and back."""
+
+    def __init__(self) -> None:
+        self.device = load().device("cuda", 0)
+
+    @property
+    def exists(self) -> bool:
+        return self._attribute(0) != 0
+
+    @property
+    def compute_version(self) -> str:
+        """Such as '9.0'."""
+        return self._attribute(4)
+
+    @property
+    def available_memory(self) -> int | None:
+        """Bytes; None where the driver does not tell."""
+        return self._attribute(15)
+
+    def _attribute(self, number: int) -> Any:
+        """number: of TVM's DeviceAttrKind."""
+        kind = self.device.dlpack_device_type()
+        return function("runtime.GetDeviceAttr")(kind, self.device.index, number)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        tvm_ffi = load()
+        shape, dtype = tvm_ffi.Shape(array.shape), tvm_ffi.dtype(str(array.dtype))
+        tensor = function("runtime.TVMTensorAllocWithScope")(shape, dtype, self.device, None)
+        self.write(tensor, array)
+        return tensor
+
+    def write(self, tensor: Any, array: np.ndarray) -> None:
+        """array: of the tensor's shape and dtype. Waits until it is copied."""
+        source = np.ascontiguousarray(array)
+        function("runtime.TVMTensorCopyFromBytes")(tensor, address(source), source.nbytes)
+
+    def read(self, tensor: Any) -> np.ndarray:
+        """A copy, once the GPU has come that far."""
+        array = np.empty(tensor.shape, str(tensor.dtype))
+        function("runtime.TVMTensorCopyToBytes")(tensor, address(array), array.nbytes)
+        return array
+
+
+def address(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def load_cuda() -> Gpu:
     """TVM's first GPU. Its part of the runtime is a library of its own, which needs CUDA's.
 
     Raises ArtifactError where that library is not to be had: without a driver, for one.
     """
-    tvm = load()
-    if tvm.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
-        library = Path(str(tvm.__file__)).parent / "lib" / "libtvm_runtime_cuda.so"
+    if load().get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
         try:
             for cudart in _packaged_cudart():
                 ctypes.CDLL(str(cudart), ctypes.RTLD_GLOBAL)
-            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-        except OSError as error:
+            _load_library("tvm_runtime_cuda")
+        except (OSError, RuntimeError) as error:
             raise ArtifactError(
-                f"device: the artifact is for CUDA; cannot load {library.name}: {error}; possible: "
-                "a host with an NVIDIA driver and CUDA 13's runtime (pip install "
+                f"device: the artifact is for CUDA; cannot load libtvm_runtime_cuda.so: {error}; "
+                "possible: a host with an NVIDIA driver and CUDA 13's runtime (pip install "
                 "nvidia-cuda-runtime), or a build with --target native"
             ) from error
-    return tvm.cuda(0)
+    return Gpu()
 
 
 def _packaged_cudart() -> list[Path]:
@@ -111,13 +177,12 @@ def use_threads(count: int) -> None:
     asked = str(count)
     if getattr(_configured, "count", None) == count and os.environ.get(THREADS) == asked:
         return
-    tvm = load()
     bind = os.environ.get("TVM_BIND_THREADS", "0")
     most = str(max(count, host.usable_cpus()))
     with _environment(TVM_NUM_THREADS=most, TVM_BIND_THREADS=bind):
-        tvm.get_global_func("runtime.config_threadpool")(ALL_BIG_CORES, count)
+        function("runtime.config_threadpool")(ALL_BIG_CORES, count)
     os.environ[THREADS] = asked
-    found = tvm.runtime.num_threads()
+    found = num_threads()
     if found != count:
         raise RuntimeRefusal(
             f"threads: asked for {count}; TVM's pool of this thread was started before with "
@@ -126,12 +191,19 @@ def use_threads(count: int) -> None:
     _configured.count = count
 
 
+def num_threads() -> int:
+    """That kernels called from this thread use."""
+    return function("runtime.NumThreads")()
+
+
 def open_module(library: Path, device: Any) -> Any:
     """The Relax virtual machine of a compiled module, its kernels on TVM's `device`."""
-    tvm = load()
+    devices = dict.fromkeys([device, cpu()])  # shapes are the CPU's
     try:
-        module = tvm.runtime.load_module(str(library))
-        return tvm.runtime.vm.VirtualMachine(module, device)
+        machine = load().load_module(str(library))["vm_load_executable"]()
+        places = [(d.dlpack_device_type(), d.index, POOLED) for d in devices]
+        machine["vm_initialization"](*itertools.chain.from_iterable(places))
+        return machine
     except (RuntimeError, OSError, AttributeError) as error:  # tvm raises all three
         reason = " ".join(str(error).split())[-200:]
         raise ArtifactError(
@@ -160,7 +232,7 @@ def fill_pool(module: Any, name: str, arguments: list[Any]) -> None:
 def share(array: np.ndarray) -> Any:
     """A TVM tensor over the memory of a writeable, 64-byte aligned array: nothing is copied."""
     assert array.ctypes.data % ALIGNMENT == 0 and array.flags.writeable
-    return load().runtime.from_dlpack(array)
+    return load().from_dlpack(array)
 
 
 def copy(array: np.ndarray) -> Any:
@@ -169,13 +241,12 @@ def copy(array: np.ndarray) -> Any:
     start = -room.ctypes.data % ALIGNMENT
     aligned = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     aligned[...] = array
-    return load().runtime.from_dlpack(aligned)
+    return load().from_dlpack(aligned)
 
 
 def group(tensors: Iterable[Any]) -> Any:
     """Tensors as the one object a Relax tuple argument is, converted once and not at each call."""
-    load()
-    return importlib.import_module("tvm_ffi").convert(tuple(tensors))
+    return load().convert(tuple(tensors))
 
 
 def view(tensor: Any) -> np.ndarray:
@@ -188,4 +259,4 @@ def free_unused_memory() -> None:
 
     They keep one buffer for every size they ever saw, and every prompt length brings new sizes.
     """
-    load().get_global_func("vm.builtin.memory_manager.clear")()
+    function("vm.builtin.memory_manager.clear")()

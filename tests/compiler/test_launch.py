@@ -18,17 +18,17 @@ import os, resource, sys, threading, time
 import numpy as np
 from runtime import tvm_runtime
 os.environ["TVM_NUM_THREADS"] = "3"
-tvm = tvm_runtime.load()
-module = tvm.runtime.load_module(sys.argv[1])
+module = tvm_runtime.load().load_module(sys.argv[1])
 who_runs = module["who_runs"]
 
 def run(work=0):
-    "The thread of every item; each item adds one to `work` numbers."
-    out = tvm.runtime.tensor(np.zeros(12, np.uint64))
-    scratch = tvm.runtime.tensor(np.zeros((12, work), np.int32))
-    who_runs(out, scratch)
-    assert (scratch.numpy() == 1).all()
-    return out.numpy().tolist()
+    "The thread of every item; each item adds one to so many numbers."
+    out, scratch = np.zeros(12, np.uint64), np.zeros((12, max(work, 1)), np.int32)
+    shared = [tvm_runtime.copy(array) for array in (out, scratch)]
+    who_runs(*shared)
+    out, scratch = map(tvm_runtime.view, shared)
+    assert (scratch == 1).all()
+    return out.tolist()
 
 def run_by(count):
     "As `run`, until every worker has come in time to have its share."

@@ -1,6 +1,6 @@
 """Devices: which GPU runs a library, and refusals that tell what was needed and what was found."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,32 +12,35 @@ from schedules.targets import compute_capability
 GIB = 2**30
 
 
-class FakeGpu(SimpleNamespace):
-    """What runtime/device.py asks of TVM's device, without a driver."""
+@dataclass
+class FakeGpu:
+    """runtime/tvm_runtime.py's Gpu without a driver, its tensors numpy's."""
+
+    exists: bool
+    compute_version: str
+    available_memory: int
+    device: str = "cuda:0"
+
+    def tensor(self, array):
+        return array.copy()
+
+    def write(self, tensor, array):
+        tensor[...] = array
+
+    def read(self, tensor):
+        return tensor.copy()
 
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """fake_gpu(...) makes the first GPU one of these properties, its tensors numpy's."""
+    """fake_gpu(...) makes the first GPU one with these facts, and returns it."""
 
-    def install(exist=True, compute_version="9.0", free=80 * GIB):
-        gpu = FakeGpu(exist=exist, compute_version=compute_version, available_global_memory=free)
-        runtime = SimpleNamespace(tensor=lambda array, device: FakeTensor(array))
-        monkeypatch.setattr(tvm_runtime, "load", lambda: SimpleNamespace(runtime=runtime))
+    def install(exists=True, compute_version="9.0", free=80 * GIB):
+        gpu = FakeGpu(exists, compute_version, free)
         monkeypatch.setattr(tvm_runtime, "load_cuda", lambda: gpu)
+        return gpu
 
     return install
-
-
-class FakeTensor:
-    def __init__(self, array):
-        self.array = array.copy()
-
-    def copyfrom(self, array):
-        self.array[...] = array
-
-    def numpy(self):
-        return self.array.copy()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_no_driver():
 
 
 def test_no_gpu(fake_gpu):
-    fake_gpu(exist=False)
+    fake_gpu(exists=False)
     with pytest.raises(ArtifactError, match=r"found no GPU or no driver .*--target native"):
         Cuda(["sm_90a"])
 
@@ -88,14 +91,14 @@ def test_too_little_memory_is_told_by_part(fake_gpu):
 
 def test_memory_that_is_gone_when_it_is_asked_for(fake_gpu, monkeypatch):
     """Another process took it after it was weighed."""
-    fake_gpu(free=GIB)
+    found = fake_gpu(free=GIB)
     gpu = Cuda(["sm_90a"])
     gpu.require({"weights": GIB // 2})
 
-    def full(array, device):
+    def full(array):
         raise RuntimeError("InternalError: CUDA: out of memory")
 
-    monkeypatch.setattr(tvm_runtime.load().runtime, "tensor", full)
+    monkeypatch.setattr(found, "tensor", full)
     with pytest.raises(RuntimeRefusal, match=r"GPU memory: 537 MB needed \(weights 537 MB\)"):
         gpu.place([np.zeros(1)])
 
@@ -123,7 +126,7 @@ def test_inputs_keep_their_tensors(fake_gpu):
     again = gpu.inputs("decode", [np.array([3, 4]), np.array([5, 6])])
     assert not gpu.is_new("decode", [np.array([3, 4]), np.array([5, 6])])
     assert [a is b for a, b in zip(first, again, strict=True)] == [True, True]
-    assert [tensor.numpy().tolist() for tensor in again] == [[3, 4], [5, 6]]
+    assert [tensor.tolist() for tensor in again] == [[3, 4], [5, 6]]
     assert gpu.inputs("decode", [np.array([1]), np.array([1])])[0] is not first[0]
     assert gpu.inputs("prefill", [np.array([1, 2]), np.array([0, 1])])[0] is not first[0]
 

@@ -198,7 +198,7 @@ def test_threads_are_those_of_the_engine(artifact):
     assert all_.threads == most
     for engine in (one, all_, one):
         engine.prefill([0, 1])
-        assert tvm_runtime.load().runtime.num_threads() == engine.threads
+        assert tvm_runtime.num_threads() == engine.threads
 
 
 def test_another_thread_uses_as_many(artifact):
@@ -207,7 +207,7 @@ def test_another_thread_uses_as_many(artifact):
 
     def run():
         engine.prefill([0, 1])
-        found.append(tvm_runtime.load().runtime.num_threads())
+        found.append(tvm_runtime.num_threads())
 
     thread = threading.Thread(target=run)
     thread.start()
