@@ -1,0 +1,30 @@
+"""The plot of the GPU's figures, from the file that the repository keeps."""
+
+import json
+
+import pytest
+
+from benchmarks import gpu_plot
+
+
+def test_every_engine_of_a_row():
+    row = {"us": 2.0, "rivals": {"bf16": {"us": 6.0, "spread_us": 0.1}}, "published_us": 5.5}
+    assert gpu_plot.times(row) == {"ours": 2.0, "bf16": 6.0, gpu_plot.PUBLISHED: 5.5}
+
+
+def test_draws_the_kept_file(tmp_path, capsys):
+    output = tmp_path / "gpu.png"
+    assert gpu_plot.main(["-o", str(output)]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{output}\n"
+
+
+@pytest.mark.parametrize("text", [None, "no json", json.dumps({"rows": [{}]})])
+def test_refuses_other_files(tmp_path, capsys, text):
+    file = tmp_path / "gpu.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        gpu_plot.main([str(file), "-o", str(tmp_path / "gpu.png")])
+    assert exit.value.code == 2
+    assert "possible: a file that benchmarks.gpu wrote" in capsys.readouterr().err
