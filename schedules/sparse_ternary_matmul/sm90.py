@@ -18,7 +18,7 @@ from schedules.targets import GpuTarget
 from schedules.ternary_matmul import sm90 as dense
 from schedules.ternary_matmul.cuda import CHUNK_BYTES, Shape, one_token
 
-KNOBS = {"skip_zeros": (0, 1), **columns.KNOBS}
+KNOBS = {"skip_zeros": (0, 1), **columns.KNOBS, "stages": dense.KNOBS["stages"]}
 
 
 def layout(*, skip_zeros: int = 0) -> str:
@@ -26,7 +26,13 @@ def layout(*, skip_zeros: int = 0) -> str:
 
 
 def kernel(
-    n: int, k: int, target: GpuTarget, *, skip_zeros: int = 0, words_a_block: int = 2
+    n: int,
+    k: int,
+    target: GpuTarget,
+    *,
+    skip_zeros: int = 0,
+    words_a_block: int = 2,
+    stages: int = 0,
 ) -> PrimFunc:
     if skip_zeros:
         return columns.kernel(n, k, target, words_a_block=words_a_block)
@@ -48,6 +54,7 @@ def kernel(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            dense.launch_rows(shape, one, target, rows, end, q, scale, w, w_scale, residual, out)
+            tensors = q, scale, w, w_scale, residual, out
+            dense.launch_rows(shape, one, stages, target, rows, end, *tensors)
 
     return sparse_ternary_matmul

@@ -26,7 +26,7 @@ i, i + 2 as they are. So 16 weights take 3 instructions where bytes take 7, and 
 
     tile | value | bound by
     T    | 64    | registers: 4 R T/8 sums, two blocks a multiprocessor
-    S    | 3     | shared memory: 43 KB a block, two in the 100 KB of sm_86
+    S    | 3     | shared memory: 43 KB a block, two in the 100 KB of sm_86; the knob `stages`
 
 |acc| < 2^13 K of bytes, 2^5 K of nibbles: int32 for K < 2^18.
 """
@@ -43,10 +43,9 @@ from schedules.targets import GpuTarget
 from schedules.ternary_matmul import cuda as small_batch
 from schedules.ternary_matmul.cuda import CHUNK, CHUNK_BYTES, TILE, Shape
 
-KNOBS = small_batch.KNOBS  # of the form for one token
+KNOBS = {**small_batch.KNOBS, "stages": (3, 2, 4)}  # S; the others: of the form for one token
 layout = small_batch.layout
 TOKENS = 64  # T
-STAGES = 3  # S
 WARPS = 16  # of a multiprocessor: 128 registers a thread
 PAIRS = 4  # of a token's 16-byte pieces in a chunk, 32 columns apart
 LOW_NIBBLES = 0x0F0F0F0F
@@ -92,6 +91,7 @@ class Form:
     operands: Operands
     warps: int  # W
     tiles: int  # R
+    stages: int  # S
 
     @property
     def threads(self) -> int:
@@ -121,7 +121,7 @@ class Form:
 
     @property
     def shared_bytes(self) -> int:
-        return 2 * self.token_bytes + STAGES * self.stage_bytes
+        return 2 * self.token_bytes + self.stages * self.stage_bytes
 
 
 class Block:
@@ -142,15 +142,15 @@ class Block:
     def multiply(self) -> None:
         for i in range(4 * self.form.tiles * TOKENS // 8):
             cuda.store(self.acc, T.uint32(0), i)
-        for chunk in range(STAGES - 1):
+        for chunk in range(self.form.stages - 1):
             self._copy_weights(chunk)
         self._load_tokens(0)
         with T.serial(self.form.shape.chunks) as chunk:
             self._place_tokens(chunk)  # in the buffer that was read two chunks ago
-            cuda.wait_for_copies(STAGES - 2)
+            cuda.wait_for_copies(self.form.stages - 2)
             cuda.sync()
             self._load_tokens(chunk + 1)
-            self._copy_weights(chunk + STAGES - 1)
+            self._copy_weights(chunk + self.form.stages - 1)
             self._read_weights(chunk)
             for step in range(self.form.operands.steps):
                 self._multiply(chunk, step)
@@ -192,7 +192,7 @@ class Block:
     def _own_words(self, chunk: Expr | int, r: int) -> Expr:
         """Where a thread's 16 bytes of a tile are: it copies and reads them itself."""
         form = self.form
-        at = 2 * form.token_bytes + chunk % STAGES * form.stage_bytes
+        at = 2 * form.token_bytes + chunk % form.stages * form.stage_bytes
         return self.base + T.cast(at + (r * form.threads + self.t) * 16, "uint32")
 
     def _copy_weights(self, chunk: Expr | int) -> None:
@@ -262,6 +262,7 @@ def kernel(
     *,
     chunks_a_warp: int = 0,
     tiles_a_block: int = 0,
+    stages: int = 3,
 ) -> PrimFunc:
     if k % 16:  # rows that are not read by 16 bytes
         knobs = {"chunks_a_warp": chunks_a_warp, "tiles_a_block": tiles_a_block}
@@ -269,7 +270,7 @@ def kernel(
     end, shape, rows = EPILOGUES[epilogue], Shape(n, k), Var("M", "int64")
     one = small_batch.one_token(shape, target, chunks_a_warp, tiles_a_block)
     operands = Operands(act_bits == 4 and target.has_int4_units)
-    small, wide = Form(shape, operands, 4, 1), Form(shape, operands, 8, 2)
+    small, wide = (Form(shape, operands, *size, stages) for size in ((4, 1), (8, 2)))
     fills_chip = (-(-target.num_multiprocessors // wide.blocks) - 1) * TOKENS
 
     def launch(form: Form, q, scale, w, w_scale, extra, out):

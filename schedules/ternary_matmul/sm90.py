@@ -8,24 +8,29 @@
                 acc[64, T] += a . x                  4 wgmma m64nTk32 of each warpgroup of G P
         out[T, 64 G] = epilogue(sum of acc over P / 64)
 
-    form     | G | T   | S | P | taken
-    wide     | 4 | 128 | 8 | 1 | where its tiles are for three quarters of the multiprocessors
-    middle   | 2 | 128 | 5 | 1 | its tiles for three fifths, two on a multiprocessor
-    halves   | 1 | 64  | 5 | 2 | tiles for more than all
-    quarters | 1 | 64  | 5 | 4 | else: the columns are shared out among warpgroups
+    G | T   | S | P | blocks a multiprocessor | us of a tile of 54 chunks, alone and by twos
+    2 | 160 | 8 | 1 | 1                       | 28.0
+    2 | 128 | 5 | 1 | 2                       | 23.7, 39.6
+    2 | 64  | 8 | 1 | 2                       | 16.4, 25.9
+    1 | 64  | 5 | 2 | 2                       | 13.1, 21.3
 
     tile  | bound by
-    T     | registers: four warpgroups a multiprocessor, 128 a thread. Two with T up to 224 leave
-          | the tensor cores idle while they unpack: 10 to 30 % slower
-    G     | x is brought from L2 once for 64 G rows
-    S     | shared memory: 24 KB a stage of the wide form, 10 of a share of the small ones
+    T, G  | registers: 4 warpgroups of 128 or 2 of 255, T / 2 of them acc and 32 a
+    S     | shared memory: 24.5, 20.5, 12 and 20 KB a stage
+    P     | few tiles: warpgroups share the columns of one
+
+The launch takes the form that `Form.cost` expects to be done first: rounds of tiles over the chip's
+multiprocessors times what was measured of one. Two blocks on a multiprocessor multiply at 95 % of
+what its tensor cores can, filling the pipeline and writing the results not counted; the results,
+float32, are what bounds K of 20 chunks.
 
 A code in the top bits of a byte is 64 w: |acc| < 2^13 K, int32 for K < 2^18.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
@@ -44,7 +49,8 @@ from schedules.ternary_matmul.cuda import (
     field,
 )
 
-KNOBS = small_batch.KNOBS  # of the form for one token
+# `stages`: S of every form, 0 is the form's own; the others are of the form for one token
+KNOBS = {**small_batch.KNOBS, "stages": (0, 4, 6)}
 layout = small_batch.layout
 GROUP_ROWS = 64  # of weights, of a warpgroup
 GROUP_THREADS = 128
@@ -57,8 +63,9 @@ class Form:
     groups: int  # G
     tokens: int  # T
     stages: int  # S
-    blocks: int = 2  # on a multiprocessor
-    splits: int = 1  # P, warpgroups that share a tile's columns
+    splits: int  # P, warpgroups that share a tile's columns
+    blocks: int  # on a multiprocessor
+    times: tuple[int, int]  # of a tile: alone on a multiprocessor, with another one
 
     @property
     def threads(self) -> int:
@@ -73,8 +80,20 @@ class Form:
     def share_bytes(self) -> int:
         return self.stages * self.stage_bytes
 
-    def tiles(self, rows: Expr) -> Expr:
-        return T.ceildiv(rows, self.tokens) * -(-self.shape.n // (self.groups * GROUP_ROWS))
+    @property
+    def shared_bytes(self) -> int:
+        return self.splits * self.share_bytes + SWIZZLE_BYTES
+
+    @property
+    def columns(self) -> int:
+        """Of tiles: how many have the same tokens."""
+        return -(-self.shape.n // (self.groups * GROUP_ROWS))
+
+    def cost(self, rows: Expr, chip: int) -> Expr:
+        """Time of all tiles, in the unit of `times`."""
+        tiles, (alone, together) = T.ceildiv(rows, self.tokens) * self.columns, self.times
+        rounds = T.ceildiv(tiles, self.blocks * chip)
+        return T.Select(tiles <= chip, T.int64(alone), rounds * together)
 
     @property
     def token_bytes(self) -> int:
@@ -102,8 +121,7 @@ class Block:
         # A warp's 16 rows are a tile of the layout
         tile = b * (form.threads // cuda.WARP) + self.t // cuda.WARP
         self.tile = T.bind(T.min(tile, form.shape.tiles - 1))
-        size = form.splits * form.share_bytes + SWIZZLE_BYTES
-        address = cuda.shared_bytes(size)
+        address = cuda.shared_bytes(form.shared_bytes)
         aligned = address + T.uint32(SWIZZLE_BYTES - 1) & T.uint32(-SWIZZLE_BYTES % 2**32)
         self.start = T.bind(aligned)
         self.base = T.bind(self.start + T.cast(self.split * form.share_bytes, "uint32"))
@@ -151,7 +169,7 @@ class Block:
         """Multiplies a chunk; meanwhile the next one is unpacked, and a later one on its way."""
         form = self.form
         cuda.wait_for_copies(form.stages - 4)  # the chunk and, for `_unpack`, the next one
-        cuda.ptx("fence.proxy.async")  # cp.async wrote what the tensor cores read
+        cuda.ptx("fence.proxy.async.shared::cta")  # cp.async wrote what the tensor cores read
         cuda.sync()
         cuda.ptx("wgmma.fence.sync.aligned")
         stage = self._stage(chunk)
@@ -219,59 +237,66 @@ class Block:
             self._write(end, scale, w_scale, extra, out)
 
     def _write(self, end: Epilogue, scale, w_scale, extra, out) -> None:
-        form = self.form
-        for half in range(2):
-            row = self.t // cuda.WARP * TILE + self.lane // 4 + 8 * half
-            n = T.bind(self.n0 + row)
-            with cuda.when(n < form.shape.n):
-                weight_scale = T.bind(w_scale[n])
-                for j in range(form.tokens // 8):
-                    for i in range(2):
-                        m = T.bind(self.m0 + 8 * j + self.lane % 4 * 2 + i)
-                        with cuda.when(m < self.rows):
-                            acc = T.reinterpret("int32", self.acc[4 * j + 2 * half + i])
-                            acc = T.cast(T.shift_right(acc, WEIGHT_BITS), "float32")
-                            other = extra[m, n] if end.extra else None
-                            cuda.store(out, end.value(acc, scale[m] * weight_scale, other), m, n)
+        """Loads are of the nearest element inside, so that none waits for a condition."""
+        row = self.t // cuda.WARP * TILE + self.lane // 4
+        outputs = [T.bind(self.n0 + row + 8 * half) for half in range(2)]
+        last = self.form.shape.n - 1
+        weight_scales = [T.bind(w_scale[T.min(n, last)]) for n in outputs]
+        with cuda.unrolled(self.form.tokens // 8) as j:
+            for i in range(2):
+                m = T.bind(self.m0 + 8 * j + self.lane % 4 * 2 + i)
+                near = T.bind(T.min(m, self.rows - 1))
+                for half, (n, weight_scale) in enumerate(zip(outputs, weight_scales, strict=True)):
+                    acc = T.reinterpret("int32", self.acc[4 * j + (2 * half + i)])
+                    acc = T.cast(T.shift_right(acc, WEIGHT_BITS), "float32")
+                    other = T.bind(extra[near, T.min(n, last)]) if end.extra else None
+                    value = T.bind(end.value(acc, scale[near] * weight_scale, other))
+                    with cuda.when(cuda.both(m < self.rows, n <= last)):
+                        cuda.store(out, value, m, n)
 
 
 def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) -> None:
     with cuda.blocks(T.ceildiv(rows, form.tokens)) as c:
-        with cuda.blocks(-(-form.shape.n // (form.groups * GROUP_ROWS)), "y") as b:
+        with cuda.blocks(form.columns, "y") as b:
             with cuda.threads(form.block_threads) as t, cuda.min_blocks(form.blocks):
                 block = Block(form, q, w, rows, b, c, t)
                 block.multiply()
                 block.finish(end, scale, w_scale, extra, out)
 
 
-def launch_first(forms: Sequence[tuple[Expr, Form]], last: Form, rows, end, *tensors) -> None:
-    """The first form whose condition holds, else the last."""
-    if not forms:
-        launch(last, rows, end, *tensors)
+def launch_cheapest(forms: Sequence[Form], chip: int, rows, end: Epilogue, *tensors) -> None:
+    first, *others = forms
+    if not others:
+        launch(first, rows, end, *tensors)
         return
-    (holds, form), *others = forms
-    with T.If(holds):
+    cost = first.cost(rows, chip)
+    with T.If(tirx.all(*(cost <= other.cost(rows, chip) for other in others))):
         with T.Then():
-            launch(form, rows, end, *tensors)
+            launch(first, rows, end, *tensors)
         with T.Else():
-            launch_first(others, last, rows, end, *tensors)
+            launch_cheapest(others, chip, rows, end, *tensors)
 
 
-def launch_prompt(shape: Shape, chip: int, rows, end: Epilogue, *tensors) -> None:
-    """The largest tiles that keep most of the chip's multiprocessors busy."""
-    wide, middle = Form(shape, 4, 128, 8, 1), Form(shape, 2, 128, 5)
-    halves, quarters = Form(shape, 1, 64, 5, 2, 2), Form(shape, 1, 64, 5, 1, 4)
-    is_long = rows > 64
+def forms_of(shape: Shape, stages: int, target: GpuTarget) -> list[Form]:
     forms = [
-        (cuda.both(is_long, 4 * wide.tiles(rows) >= 3 * chip), wide),
-        (cuda.both(is_long, 5 * middle.tiles(rows) >= 3 * chip), middle),
-        (halves.tiles(rows) > chip, halves),
+        Form(shape, 2, 160, 8, 1, 1, (280, 280)),
+        Form(shape, 2, 128, 5, 1, 2, (237, 396)),
+        Form(shape, 2, 64, 8, 1, 2, (164, 259)),
+        Form(shape, 1, 64, 5, 2, 2, (131, 213)),
     ]
-    launch_first(forms, quarters, rows, end, *tensors)
+    if stages:
+        forms = [replace(form, stages=stages) for form in forms]
+    most = max(form.shared_bytes for form in forms)
+    if most > target.shared_bytes:
+        raise ValueError(f"ternary_matmul: {stages} stages need {most} bytes of shared memory")
+    return forms
 
 
-def launch_rows(shape: Shape, one, target: GpuTarget, rows, end: Epilogue, *tensors) -> None:
+def launch_rows(
+    shape: Shape, one, stages: int, target: GpuTarget, rows, end: Epilogue, *tensors
+) -> None:
     """The form for any number of rows; `one` is that of one token."""
+    forms = forms_of(shape, stages, target)
     if shape.k % 16:  # rows that cp.async cannot copy
         small_batch.launch_small_batch(one, target, rows, end, *tensors)
         return
@@ -279,7 +304,7 @@ def launch_rows(shape: Shape, one, target: GpuTarget, rows, end: Epilogue, *tens
         with T.Then():
             small_batch.launch_small_batch(one, target, rows, end, *tensors)
         with T.Else():
-            launch_prompt(shape, target.num_multiprocessors, rows, end, *tensors)
+            launch_cheapest(forms, target.num_multiprocessors, rows, end, *tensors)
 
 
 def kernel(
@@ -291,6 +316,7 @@ def kernel(
     *,
     chunks_a_warp: int = 0,
     tiles_a_block: int = 0,
+    stages: int = 0,
 ) -> PrimFunc:
     end, shape, rows = EPILOGUES[epilogue], Shape(n, k), Var("M", "int64")
     one = small_batch.one_token(shape, target, chunks_a_warp, tiles_a_block)
@@ -308,6 +334,6 @@ def kernel(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            launch_rows(shape, one, target, rows, end, q, scale, w, w_scale, extra, out)
+            launch_rows(shape, one, stages, target, rows, end, q, scale, w, w_scale, extra, out)
 
     return end.finish(ternary_matmul)

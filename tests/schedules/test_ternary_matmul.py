@@ -76,11 +76,11 @@ def test_glu(target, act_bits, n, k):
 
 @pytest.mark.parametrize("target", params(every_gpu("ternary_matmul")))
 @ACT_BITS
-@pytest.mark.parametrize("n, k", [(14000, 80), (64, 144), (650, 1296)])
+@pytest.mark.parametrize("n, k", [(14000, 80), (2500, 144), (64, 144), (650, 1296)])
 def test_forms_for_prompts(target, act_bits, n, k):
-    """Rows of weights enough to fill the chip, and not: both sides of every threshold in M."""
+    """Rows of weights enough to fill the chip, and not: every form, both sides of small M's."""
     run, w = ternary_matmul(target, n, k, act_bits, "scale"), weights("random", n, k)
-    for m in (16, 17, 64, 65, 128, 129, 257, 1000, 2100):
+    for m in (16, 17, 64, 65, 128, 129, 257, 1000, 2040, 2100):
         q, (scale, w_scale) = activations("random", m, k, act_bits, seed=m), scales(m, n)
         expected = exact_sum(q, w) * (scale[:, None] * w_scale)
         np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
