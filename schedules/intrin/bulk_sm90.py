@@ -1,0 +1,32 @@
+"""Bulk copies into shared memory on Hopper: one thread asks, a barrier there counts the bytes.
+
+expect(barrier, size); copy(...), copy(...)      one thread; size is of all the copies
+wait(barrier)                                    every thread that reads what came
+"""
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from schedules.intrin import cuda
+
+BARRIER_BYTES = 8
+
+
+def expect(barrier: Expr, size: Expr) -> None:
+    """Make a barrier of one phase, which ends when `size` bytes have come."""
+    cuda.ptx("mbarrier.init.shared.b64", barrier, T.uint32(1))
+    cuda.ptx("fence.proxy.async.shared::cta")
+    cuda.ptx("mbarrier.arrive.expect_tx.shared.b64", barrier, T.cast(size, "uint32"))
+
+
+def copy(destination: Expr, source: Expr, size: Expr, barrier: Expr) -> None:
+    """`size` bytes, a multiple of 16, to an address of shared memory."""
+    instruction = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    cuda.ptx(instruction, destination, source, T.cast(size, "uint32"), barrier)
+
+
+def wait(barrier: Expr) -> None:
+    done = cuda.local("uint32", 1)
+    cuda.store(done, T.uint32(0), 0)
+    with T.While(done[0] == T.uint32(0)):
+        cuda.ptx("mbarrier.try_wait.parity.shared.b64", done[0], barrier, T.uint32(0))
