@@ -96,6 +96,11 @@ class Engine:
         return function
 
     @property
+    def draws_on_device(self) -> bool:
+        """Whether `decode_token` leaves the logits where they are, on a GPU."""
+        return "sample" in self._functions
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The artifact's; refuses where it was built from a checkpoint without one."""
         if self._tokenizer is None:
@@ -181,7 +186,7 @@ class Engine:
         """
         found = self._run("decode", *self._check_rows([token], [slot], [position]))
         uniform = sampler.draw()
-        if "sample" in self._functions:
+        if self.draws_on_device:
             settings = sampler.temperature, sampler.top_k, sampler.top_p, uniform
             rows = [np.array([v], t) for v, t in zip(settings, SAMPLE_DTYPES, strict=True)]
             inputs = self._device.inputs("sample", rows)

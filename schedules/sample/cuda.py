@@ -2,10 +2,11 @@
 
     for m in M:                                         blockIdx.x
         best[t] = largest logit of t, t + 1024, ...     threadIdx.x; one read of the row
-        if temperature is 0 or top_k is 1: the largest of them
+        if temperature is 0 or top_k is 1: the largest of them, and no more
         bound = the top_k-th largest of best            as many logits reach it, or more
+                or of 128 groups of 8, up to top_k 128: 28 steps of sorting for 55
         list of (logit, id) that reach bound            two more reads, from L2: count, then write
-        sort, the largest first, ties to the lower id   bitonic, in shared memory
+        sort, the largest first, ties to the lower id   bitonic, in shared memory, as many as listed
         p[i] = exp((logit[i] - max) / temperature)      float64, i < top_k
         sums = running sums of p
         size = the first i with sums[i] >= top_p * sums[top_k - 1], that one included
@@ -18,10 +19,12 @@
 
 A result below 0 is no token: NOT_FINITE if the largest logit is no number, TOO_MANY if the row is
 the host's to sample (top_k of 0 or above 1024, or more logits than LISTED reach the bound).
-Logits order as integers of the same bits, once negative ones have theirs flipped.
+Logits order as integers of the same bits, once negative ones have theirs flipped; what is no number
+comes first, whatever its sign.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -36,12 +39,16 @@ LISTED = 2048
 NOT_FINITE, TOO_MANY = -1, -2
 LOW_32 = 0xFFFFFFFF
 INFINITE = 0x7F800000  # the bits of a float32; what lies above is no number
+NOT_A_NUMBER = 0x7FC00000
 LAST = -(1 << 63)  # sorts behind every entry
+GROUP = 8  # neighbouring threads whose best is one, where THREADS / GROUP are enough
 
 
 def entry_of(logit: Expr, token: Expr) -> Expr:
     """int64 that rises with the logit, then falls with the token."""
     bits = T.reinterpret("int32", T.if_then_else(logit == T.float32(0), T.float32(0), logit))
+    is_number = (bits & T.int32(0x7FFFFFFF)) <= T.int32(INFINITE)
+    bits = T.bind(T.if_then_else(is_number, bits, T.int32(NOT_A_NUMBER)))
     order = T.bind(bits ^ (T.shift_right(bits, 31) & T.int32(0x7FFFFFFF)))
     high = T.shift_left(T.cast(order, "int64"), T.int64(32))
     return T.bind(high | (T.int64(LOW_32) - T.cast(token, "int64")))
@@ -67,9 +74,9 @@ def token_of(entry: Expr) -> Expr:
     return T.int64(LOW_32) - (entry & T.int64(LOW_32))
 
 
-def swap_into_order(entries, t: Expr) -> None:
-    """entries[:LISTED] sorted, the largest first; every thread compares a pair."""
-    with T.serial(LISTED.bit_length() - 1) as size, T.serial(size + 1) as step:
+def swap_into_order(entries, t: Expr, doublings: Expr) -> None:
+    """entries[: 2^doublings] sorted, the largest first; every thread compares a pair."""
+    with T.serial(doublings) as size, T.serial(size + 1) as step:
         cuda.sync()
         stride = T.bind(T.shift_left(T.int32(1), size - step))
         i = T.bind(T.truncdiv(t, stride) * (2 * stride) + T.truncmod(t, stride))
@@ -80,6 +87,37 @@ def swap_into_order(entries, t: Expr) -> None:
             cuda.store(entries, high, i)
             cuda.store(entries, low, i + stride)
     cuda.sync()
+
+
+def doublings_of(count: Expr) -> Expr:
+    """The least d with 2^d >= count, at most that of LISTED."""
+    steps: Any = T.int32(0)
+    for d in range(LISTED.bit_length() - 1):
+        steps = steps + T.cast(count > T.int32(1 << d), "int32")
+    return T.bind(steps)
+
+
+def find_bound(entries, best: Expr, keep: Expr, t: Expr) -> Expr:
+    """The keep-th largest of the threads' best, or of the groups' where there are enough."""
+    few = T.bind(keep <= THREADS // GROUP)
+    of_group = cuda.local("int64", 1)
+    cuda.store(of_group, best, 0)
+    for lanes in (1, 2, 4):
+        other = T.bind(cuda.shuffle_xor(of_group[0], lanes))
+        cuda.store(of_group, T.max(of_group[0], other), 0)
+    for half in range(LISTED // THREADS):
+        cuda.store(entries, T.int64(LAST), half * THREADS + t)
+    cuda.sync()
+    with T.If(few):
+        with T.Then(), cuda.when(t % GROUP == 0):
+            cuda.store(entries, of_group[0], t // GROUP)
+        with T.Else():
+            cuda.store(entries, best, t)
+    count = T.Select(few, THREADS // GROUP, THREADS)
+    swap_into_order(entries, t, doublings_of(T.bind(count)))
+    bound = T.bind(entries[T.max(T.min(keep, THREADS) - 1, 0)])
+    cuda.sync()
+    return bound
 
 
 def running_sum(sums, value: Expr, t: Expr) -> None:
@@ -153,29 +191,25 @@ def kernel(vocab: int, target: GpuTarget) -> PrimFunc:
         largest = T.bind(scratch.reduce(best[0], "max"))
         entries = cuda.shared("int64", LISTED)
         sums = cuda.shared("float64", THREADS)
-        for half in range(LISTED // THREADS):
-            cuda.store(entries, T.int64(LAST), half * THREADS + t)
-        cuda.store(entries, best[0], t)
-        swap_into_order(entries, t)
         keep = T.bind(T.min(top_k[m], vocab))
-        bound = T.bind(entries[T.max(T.min(keep, THREADS) - 1, 0)])
-        cuda.sync()
-        listed = list_candidates(entries, logits, vocab, m, t, bound, scratch)
-        too_many = T.bind(T.Or(T.Or(keep < 1, keep > THREADS), listed > LISTED))
-        swap_into_order(entries, t)
-        candidates = T.bind(T.max(T.min(keep, THREADS), 1))
-        heat = T.bind(T.max(T.cast(temperature[m], "float64"), cuda.float64(1e-300)))
-        share = T.bind(T.cast(top_p[m], "float64"))
-        u = T.bind(uniform[m])
-        draw(out, entries, sums, m, t, candidates, heat, share, u, scratch)
-        with cuda.when(t == 0):
-            with cuda.when(too_many):
-                cuda.store(out, T.int64(TOO_MANY), m)
-            with cuda.when(T.Or(temperature[m] == T.float32(0), keep == 1)):
-                cuda.store(out, token_of(largest), m)
-            finite = T.reinterpret("int32", T.abs(logit_of(largest))) < T.int32(INFINITE)
-            with cuda.when(T.Not(finite)):
-                cuda.store(out, T.int64(NOT_FINITE), m)
+        is_greedy = T.bind(T.Or(temperature[m] == T.float32(0), keep == 1))
+        finite = T.reinterpret("int32", T.abs(logit_of(largest))) < T.int32(INFINITE)
+        with T.If(T.Or(is_greedy, T.Not(finite))):
+            with T.Then(), cuda.when(t == 0):
+                token = T.if_then_else(finite, token_of(largest), T.int64(NOT_FINITE))
+                cuda.store(out, token, m)
+            with T.Else():
+                bound = find_bound(entries, T.bind(best[0]), keep, t)
+                listed = list_candidates(entries, logits, vocab, m, t, bound, scratch)
+                swap_into_order(entries, t, doublings_of(listed))
+                candidates = T.bind(T.max(T.min(keep, THREADS), 1))
+                heat = T.bind(T.max(T.cast(temperature[m], "float64"), cuda.float64(1e-300)))
+                share = T.bind(T.cast(top_p[m], "float64"))
+                u = T.bind(uniform[m])
+                draw(out, entries, sums, m, t, candidates, heat, share, u, scratch)
+                too_many = T.Or(T.Or(keep < 1, keep > THREADS), listed > LISTED)
+                with cuda.when(cuda.both(t == 0, too_many)):
+                    cuda.store(out, T.int64(TOO_MANY), m)
 
     @T.prim_func(s_tir=True)
     def sample(

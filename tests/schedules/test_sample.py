@@ -28,7 +28,8 @@ def drawn(target, logits, temperature, top_k, top_p, uniform) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "top_k, top_p", [(40, 0.95), (40, 1.0), (THREADS, 0.5), (1, 1.0), (7, 0.01)]
+    "top_k, top_p",
+    [(40, 0.95), (40, 1.0), (128, 1.0), (129, 1.0), (THREADS, 0.5), (1, 1.0), (7, 0.01)],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.1, 0.8, 5.0])
 @pytest.mark.parametrize("kind", ["normal", "ties"])
@@ -65,3 +66,13 @@ def test_no_number(target):
     logits[0, 7], logits[1, 8], logits[2, 9] = np.nan, np.inf, -np.inf
     found = drawn(target, logits, 0.0, 9, 1.0, np.zeros(3))
     assert found.tolist() == [NOT_FINITE, NOT_FINITE, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_nan_of_either_sign_is_refused(target, temperature):
+    """As the host does, which takes the first one for the likeliest token."""
+    logits = np.random.default_rng(0).standard_normal((2, VOCAB)).astype(np.float32)
+    logits[:, 7] = np.copysign(np.float32(np.nan), np.float32([1, -1]))
+    assert np.signbit(logits[:, 7]).tolist() == [False, True]
+    found = drawn(target, logits, temperature, 9, 1.0, np.zeros(2))
+    assert found.tolist() == [NOT_FINITE] * 2
