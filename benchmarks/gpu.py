@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                      everything: a table, and benchmarks/gpu.json
     python -m benchmarks.gpu --check --sanitize   the tests and compute-sanitizer before
     python -m benchmarks.gpu --only gemv gemm     some groups, no file; --only alone: none
+    python -m benchmarks.gpu --w2a8 libbitnet.so  Microsoft's GEMV beside ours, of the user's build
 
 Needs a GPU, nvcc, TVM's compiler and a PyTorch with CUDA. Every kernel is checked against PyTorch
 on the inputs that it is timed on, exactly where it is integer. Times are of one CUDA graph over
@@ -18,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import torch
 import tvm
 import tvm_ffi
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_checks, w2a8
 from benchmarks.gpu_cases import COLD_BYTES, GROUPS, Case, cases
 from command_line import Parser
 from compiler import nvcc
@@ -145,6 +146,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="*", choices=GROUPS, metavar="GROUP",
         help=f"time these groups ({', '.join(GROUPS)}); keeps no file")  # fmt: skip
     add("--target", default="cuda", metavar="ROW", help="whose kernels (default: this GPU's)")
+    add("--w2a8", type=Path, metavar="FILE", help="Microsoft's libbitnet.so, in place of its "
+        "published times")  # fmt: skip
     add("--output", type=Path, metavar="FILE", help=f"default: {KEPT}, if all groups are timed")
     add("--commit", help="where the checkout is no repository")
     args = parser.parse_args(argv)
@@ -153,7 +156,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         args.target = find(args.target)
         args.nvcc = nvcc.find_nvcc(args.target)
-    except ValueError as refusal:
+        args.w2a8 = w2a8.load(args.w2a8) if args.w2a8 else None
+    except (ValueError, w2a8.LibraryError) as refusal:
         parser.error(str(refusal))
     return args
 
@@ -170,9 +174,13 @@ def check(args: argparse.Namespace) -> dict:
     return found
 
 
-def measure(bench: Bench, groups: Sequence[str]) -> tuple[list[dict], list[str]]:
-    """(a row for each case, names of those whose results are wrong)."""
+def measure(
+    bench: Bench, groups: Sequence[str], function: Callable | None
+) -> tuple[list[dict], list[str]]:
+    """(a row for each case, names of those whose results are wrong). `function` is Microsoft's."""
     wanted = [case for case in cases(bench.target) if case.group in groups]
+    if function:
+        wanted = [beside(function, case) for case in wanted]
     with nvcc.compiling_for(bench.target, bench.compiler), ThreadPoolExecutor(PROCESSES) as pool:
         kernels = list(pool.map(bench.build, wanted))
     rows, failed = [], []
@@ -184,6 +192,16 @@ def measure(bench: Bench, groups: Sequence[str]) -> tuple[list[dict], list[str]]
             print(f"WRONG {case.group} {str(wrong)[:400]}", flush=True)
         torch.cuda.empty_cache()
     return rows, failed
+
+
+def beside(function: Callable, case: Case) -> Case:
+    """The case with Microsoft's GEMV as its rival, where that has the shape."""
+    if case.published_us is None:
+        return case
+    n, k = case.kernel_args[:2]
+    copies = min(CALLS[1], -(-COLD_BYTES * 4 // (n * k)))
+    rivals = case.rivals | {"Microsoft's W2A8": w2a8.rival(function, n, k, copies)}
+    return replace(case, published_us=None, rivals=rivals)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "read_gb_per_s": bench.read_bandwidth / 1e9,
     }
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-    rows, failed = measure(bench, GROUPS if args.only is None else args.only)
+    groups = GROUPS if args.only is None else args.only
+    rows, failed = measure(bench, groups, args.w2a8)
     output = args.output or (KEPT if args.only is None else None)
     if output:
         output.write_text(json.dumps(facts | {"failed": failed, "rows": rows}, indent=1) + "\n")
