@@ -1,12 +1,13 @@
 """norm_matmul, norm_glu_matmul, norm_residual_matmul: what FuseOneRow makes of a row's norm, its
 quantiser and the ternary matmul behind; one row, one kernel, nothing stored between.
 
-    q, scale = rms_norm_int4(x, gain) if act_bits is 4, rms_norm_int8 if 8
+    q, scale = rms_norm_int4(x, gain) if act_bits is 4, rms_norm_int8 if 8;
+               of norm_residual_matmul rms_norm_topk_int8(x, gain, k), all of them at k = K
 
     norm_matmul          | ternary_matmul(q, scale, w, w_scale)
     norm_glu_matmul      | ternary_glu_matmul(q, scale, w, w_scale, ternary_matmul(q, scale, gate))
     norm_residual_matmul | residual + ternary_matmul(q, scale, w, w_scale), rounded as
-                         | sparse_ternary_matmul does; act_bits 8
+                         | sparse_ternary_matmul does
 
     tensor   | shape     | dtype | meaning
     x        | (1, K)    | f32   |
@@ -74,11 +75,11 @@ norm_residual_matmul = OpDef(
         "w_scale f32[N]",
         "residual f32[1, N]",
     ),
-    statics={"eps": float},
+    statics={"eps": float, "k": int},
     results=parse("f32[1, N]"),
     schedules="norm_matmul",
     kernel=lambda schedule, size, static, target: schedule.kernel(
-        size("N"), size("K"), "int8", static["eps"], target, "residual"
+        size("N"), size("K"), "int8", static["eps"], target, "residual", int(static["k"])
     ),
     check=check,
 )

@@ -2,7 +2,7 @@
 
     rms_norm_int4 -> ternary_matmul                              norm_matmul
     rms_norm_int4 -> ternary_matmul, ternary_glu_matmul          norm_glu_matmul
-    rms_norm_topk_int8, all kept -> sparse_ternary_matmul        norm_residual_matmul
+    rms_norm_topk_int8 -> sparse_ternary_matmul                  norm_residual_matmul
     rope -> kv_append -> attention                               rope_attention
 
 The calls before are left to DeadCodeElimination. A chain stays where no kernel of the target can
@@ -89,10 +89,11 @@ class _Fuser(PyExprMutator):
         if found is None or not is_tiled(args["w"], args["w_scale"], args["q"]):
             return None
         norm = found[1]
-        if int(norm["k"].value) < int(args["q"].ty.shape[1]):
+        sizes = int(args["q"].ty.shape[1]), int(norm["k"].value)
+        if not kernel_of(norm_residual_matmul).is_possible(*sizes):
             return None
         tensors = norm["x"], norm["gain"], args["w"], args["w_scale"], args["residual"]
-        return norm_residual_matmul(*tensors, norm["eps"])
+        return norm_residual_matmul(*tensors, norm["eps"], norm["k"])
 
     def fuse_attention(self, args: dict[str, relax.Expr]) -> relax.Expr | None:
         append = self.producer(args["codes"], "kv_append")

@@ -16,7 +16,8 @@ from schedules.epilogue import EPILOGUES
 from schedules.sparse_ternary_matmul import cuda as columns
 from schedules.targets import GpuTarget
 from schedules.ternary_matmul import sm90 as dense
-from schedules.ternary_matmul.cuda import CHUNK_BYTES, Shape, one_token
+from schedules.ternary_matmul.cuda import CHUNK_BYTES, Shape
+from schedules.ternary_matmul.one_token_sm90 import one_token
 
 KNOBS = {"skip_zeros": (0, 1), **columns.KNOBS, "stages": dense.KNOBS["stages"]}
 
@@ -37,7 +38,7 @@ def kernel(
     if skip_zeros:
         return columns.kernel(n, k, target, words_a_block=words_a_block)
     end, shape, rows = EPILOGUES["residual"], Shape(n, k), Var("M", "int64")
-    one = one_token(shape, target, 0, 0)
+    one = one_token(shape, 8, target, 0, 0)
 
     @T.prim_func(s_tir=True)
     def sparse_ternary_matmul(

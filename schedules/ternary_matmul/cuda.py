@@ -124,6 +124,9 @@ class Form:
     def shared_bytes(self) -> int:
         return max(self.block_warps * self.warp_bytes, self.sums_bytes)
 
+    def launch(self, rows, end: Epilogue, *tensors) -> None:
+        launch(self, rows, end, *tensors)
+
 
 def one_token(shape: Shape, target: GpuTarget, chunks_a_warp: int, tiles_a_block: int) -> Form:
     chip = target.num_multiprocessors
@@ -296,11 +299,11 @@ def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) ->
                     block.finish(end, scale, w_scale, extra, out)
 
 
-def launch_small_batch(one: Form, target: GpuTarget, rows, end: Epilogue, *tensors) -> None:
-    """The form for this many tokens, chosen when the kernel is launched."""
+def launch_small_batch(one: Any, target: GpuTarget, rows, end: Epilogue, *tensors) -> None:
+    """The form for this many tokens, chosen when the kernel is launched; `one` is that of one."""
     with T.If(rows == 1):
         with T.Then():
-            launch(one, rows, end, *tensors)
+            one.launch(rows, end, *tensors)
         with T.Else():
             with T.If(rows <= 8):
                 with T.Then():

@@ -48,6 +48,7 @@ from schedules.ternary_matmul.cuda import (
     Shape,
     field,
 )
+from schedules.ternary_matmul.one_token_sm90 import one_token
 
 # `stages`: S of every form, 0 is the form's own; the others are of the form for one token
 KNOBS = {**small_batch.KNOBS, "stages": (0, 4, 6)}
@@ -319,7 +320,7 @@ def kernel(
     stages: int = 0,
 ) -> PrimFunc:
     end, shape, rows = EPILOGUES[epilogue], Shape(n, k), Var("M", "int64")
-    one = small_batch.one_token(shape, target, chunks_a_warp, tiles_a_block)
+    one = one_token(shape, act_bits, target, chunks_a_warp, tiles_a_block)
 
     @T.prim_func(s_tir=True)
     def ternary_matmul(

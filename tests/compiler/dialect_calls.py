@@ -131,7 +131,7 @@ CASES = {
         Case(
             "norm_residual_matmul",
             ROW | TILED | {"residual": ("float32", (1, 64))},
-            {"eps": 1e-5},
+            {"eps": 1e-5, "k": 24},
         ),
         Case(
             "rope_attention",

@@ -44,7 +44,9 @@ KERNELS = (
     *(("attention", (8, 2, 128, bits), ()) for bits in (4, 3)),
     # Of one family
     *(("norm_matmul", (130, 260, "int4", 1e-5), (end,)) for end in ("scale", "residual", "glu")),
+    ("norm_matmul", (130, 260, "int8", 1e-5), ("residual", 130)),
     *(("rope_attention", (*HEADS, 64, bits), ()) for bits in (4, 3)),
+    ("ternary_matmul", (8464, 260, 4), ("scale",)),
 )
 GPU_ROWS = [row for row in TARGETS.values() if isinstance(row, GpuTarget) and len(row.archs) == 1]
 

@@ -57,6 +57,18 @@ def test_extremes(target, act_bits, kind, n, k):
             np.testing.assert_array_equal(run((q, scale), w, w_scale), exact_sum(q, w))
 
 
+@pytest.mark.parametrize("target", params(every_gpu("ternary_matmul")))
+@ACT_BITS
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_token_of_many_outputs(target, act_bits, kind):
+    """Five tiles a multiprocessor: on Hopper, bits times bits."""
+    n, k = 8464, 260
+    run, w = ternary_matmul(target, n, k, act_bits, "scale"), weights("random", n, k)
+    q, (scale, w_scale) = activations(kind, 1, k, act_bits), scales(1, n)
+    expected = exact_sum(q, w) * (scale[:, None] * w_scale)
+    np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
+
+
 @EVERY_TARGET
 @ACT_BITS
 @pytest.mark.parametrize("n, k", [(130, 257), (321, 64)])
