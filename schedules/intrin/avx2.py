@@ -13,6 +13,7 @@ from schedules.intrin.lanes import clear as clear
 from schedules.intrin.lanes import constant as constant
 from schedules.intrin.lanes import like as like
 from schedules.intrin.lanes import load as load
+from schedules.intrin.lanes import prefetch as prefetch
 from schedules.intrin.lanes import splat as splat
 from schedules.intrin.lanes import store as store
 
@@ -98,10 +99,3 @@ def _interleave(a: Expr, b: Expr, lanes: int, first: int) -> Expr:
     quarter, half = lanes // 4, lanes // 2
     starts = [lane + first + j for lane in (0, half) for j in range(quarter)]
     return T.Shuffle([a, b], [i for s in starts for i in (s, lanes + s)])
-
-
-def prefetch(buffer, *index: Expr | int) -> None:
-    """Ask for the cache line at an index, which may lie past the end; never faults."""
-    read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
-    address = T.address_of(buffer[index])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, all_levels, data))

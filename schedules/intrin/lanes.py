@@ -38,3 +38,10 @@ def clear(buffer, count: int, dtype: str, lanes: int) -> None:
 def constant(dtype: str, values: list[int]) -> Expr:
     """A vector of constants."""
     return T.Shuffle([T.cast(T.int32(v), dtype) for v in values], list(range(len(values))))
+
+
+def prefetch(buffer, *index: Expr | int) -> None:
+    """Ask for the cache line at an index, which may lie past the end; never faults."""
+    read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
+    address = T.address_of(buffer[index])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, all_levels, data))

@@ -11,12 +11,15 @@ Measured: Sapphire Rapids class Xeon, 2 cores, busy, 2026-11-22, 2560 x 6912, 12
 a step of four products, or at 150 to 340, from run to run: to be measured again on a quiet machine.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.intrin import amx
-from schedules.sparse_ternary_matmul import avx512vnni
-from schedules.sparse_ternary_matmul.avx512vnni import GROUPS, LANES
+from schedules.sparse_ternary_matmul import avx512vnni, walk
+from schedules.sparse_ternary_matmul.avx512vnni import BLOCK, GROUPS, LANES
+from schedules.sparse_ternary_matmul.walk import Tiles
 from schedules.targets import CpuTarget
 from schedules.ternary_matmul.amx import ACTIVATIONS, CODES, HEIGHT, SUMS
 from schedules.ternary_matmul.avx512vnni import tile_height
@@ -35,7 +38,7 @@ def multiply(sums, codes, qs, height, kk0, count):
     with T.serial(T.ceildiv(height, HEIGHT)) as r0, T.serial(GROUPS // 2) as g0:
         r, g = r0 * HEIGHT, 2 * g0
         for tile, row, j in places:
-            amx.load(tile, sums, r + row, g + j, 0, row_bytes=4 * GROUPS * LANES)
+            amx.load(tile, sums, r + row, LANES * (g + j), row_bytes=4 * BLOCK)
         with T.serial(count) as kk:
             for i, tile in enumerate(ACTIVATIONS):
                 amx.load(tile, qs, r + amx.ROWS * i, 64 * (kk0 + kk), row_bytes=row_bytes)
@@ -44,10 +47,10 @@ def multiply(sums, codes, qs, height, kk0, count):
             for tile, row, j in places:
                 amx.dot_bytes(tile, ACTIVATIONS[row // amx.ROWS], CODES[j])
         for tile, row, j in places:
-            amx.store(tile, sums, r + row, g + j, 0, row_bytes=4 * GROUPS * LANES)
+            amx.store(tile, sums, r + row, LANES * (g + j), row_bytes=4 * BLOCK)
 
 
-def tile_rows(output, q, w, rows, first, blocks, k: int, tile_m: int, multiply):
+def tile_rows(output, q, w, rows, first, blocks, k: int, tile_m: int):
     """As avx512vnni.py's, with the tile registers of this thread at hand."""
     palette = T.alloc_buffer((64,), "uint8")
     amx.request()
@@ -57,9 +60,6 @@ def tile_rows(output, q, w, rows, first, blocks, k: int, tile_m: int, multiply):
 
 
 def kernel(n: int, k: int, target: CpuTarget, *, ahead: int = 2, most_eighths: int = 6) -> PrimFunc:
-    def is_tiled(rows, active):
-        return rows >= TILED_ROWS
-
     tile_m = tile_height(k, HEIGHT, target)
-    most = -(-k * most_eighths // 8)
-    return avx512vnni.build(n, k, tile_m, is_tiled, tile_rows, multiply, ahead, most)
+    tiles = Tiles(lambda rows, active: rows >= TILED_ROWS, partial(tile_rows, k=k, tile_m=tile_m))
+    return walk.kernel(n, k, avx512vnni.walk_of(ahead), tiles, most_eighths)

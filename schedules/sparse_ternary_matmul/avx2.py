@@ -1,40 +1,30 @@
-"""sparse_ternary_matmul on AVX2: ternary_matmul's walk over a list of columns, active ones only.
-
-    for thread in threads:                          parallel, a share of the blocks each
-        M < 4, or few active columns:
-            for stripe in share:                    all of it for M < 4, else 64 bytes a column:
-                for m in M:                         the stripe is near for the next row
-                    list the active columns         or all, where most are active
-                    walk(list, stripe)              any two columns make a pair
-        else: tiled as ternary_matmul
+"""sparse_ternary_matmul on AVX2: walk.py's loops around ternary_matmul's walk, pairs of columns.
 
     tile       | value | bound by
-    most       | 3/4   | reading on beats following the list, whose runs end after a share
+    ahead      | 2     | groups of columns that cover the latency of memory: knob
+    most       | 3/4   | reading on beats following the list, whose runs end after a column
     batch      | 1/4   | a tiled row costs some 3 times less a column than a walked one
-    stripe     | 2     | a cache line of each column
+    stripe     | 2     | blocks, a cache line of each column, near for the next row
     wide       | 4     | as ternary_matmul
     l2_eighths | 4     | as ternary_matmul
 
-Measured: not yet.
+MEASURED
 """
 
-from tvm.script import tirx as T
-from tvm.tirx import PrimFunc, Var
+from functools import partial
 
-from schedules.epilogue import EPILOGUES, Output
-from schedules.intrin import threads
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from schedules.intrin import avx2
+from schedules.sparse_ternary_matmul import walk
+from schedules.sparse_ternary_matmul.walk import Tiles, Walk
 from schedules.targets import CpuTarget
-from schedules.ternary_matmul.columns_avx2 import (
-    BLOCK,
-    WIDE,
-    finish,
-    list_columns,
-    padded,
-    tile_rows,
-    walk,
-)
+from schedules.ternary_matmul import columns_avx2
+from schedules.ternary_matmul.columns_avx2 import BLOCK, COLUMNS, WIDE, tile_rows
 
 KNOBS = {
+    "ahead": (2, 1, 4, 0),
     "most_eighths": (6, 4, 8),  # of K: from here on a row walks every column
     "batch_sixteenths": (4, 1, 8, 16),  # of M K: from here on rows are tiled
     "stripe": (2, 1, 4),  # blocks
@@ -47,66 +37,27 @@ def layout() -> str:
     return "columns_2bit"
 
 
+def value(sums, row, j, lanes: int):
+    return avx2.load(sums, row, j, lanes=lanes)
+
+
 def kernel(
     n: int,
     k: int,
     target: CpuTarget,
     *,
+    ahead: int = 2,
     most_eighths: int = 6,
     batch_sixteenths: int = 4,
     stripe: int = 2,
     wide: int = 4,
     l2_eighths: int = 4,
 ) -> PrimFunc:
-    end = EPILOGUES["residual"]
-    blocks = -(-n // BLOCK)
-    most = -(-k * most_eighths // 8)
     near_bytes = target.l2_bytes * l2_eighths // 8
-    rows = Var("M", "int64")
-
-    @T.prim_func(s_tir=True)
-    def sparse_ternary_matmul(
-        q: T.Buffer((rows, k), "int8"),
-        scale: T.Buffer((rows,), "float32"),
-        index: T.Buffer((rows, k), "int32"),
-        count: T.Buffer((rows,), "int32"),
-        w: T.Buffer((k, blocks, 32), "uint8"),
-        w_scale: T.Buffer((n,), "float32"),
-        extra: T.Buffer((rows, n), "float32"),
-        out: T.Buffer((rows, n), "float32"),
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
-        height = T.meta_var(T.cast(rows, "int32"))
-        with T.sblock("root"):
-            tasks = T.min(threads.count(), blocks)
-            active = T.int64(0)
-            for m in T.serial(height):
-                active += T.cast(count[m], "int64")
-            for task in T.parallel(tasks):
-                first = threads.share(blocks, task, tasks)
-                share = threads.share(blocks, task + 1, tasks) - first
-                if height >= WIDE and active * 16 >= rows * k * batch_sixteenths:
-                    tile_rows(output, q, w, height, first, share, k, wide, near_bytes)
-                else:
-                    column = T.alloc_buffer((padded(k),), "int32")
-                    qs = T.alloc_buffer((padded(k),), "int8")
-                    total = T.alloc_buffer((1,), "int32", scope="local")
-                    sum16 = T.alloc_buffer((blocks, BLOCK), "int16")
-                    sum32 = T.alloc_buffer((blocks, BLOCK), "int32")
-                    step = T.if_then_else(height < WIDE, share, stripe)
-                    for s in T.serial(T.ceildiv(share, step)):
-                        b = T.meta_var(first + s * step)
-                        width = T.min(share - s * step, step)
-                        for m in T.serial(height):
-                            listed = T.if_then_else(count[m] < most, count[m], k)
-                            if count[m] < most:
-                                list_columns(
-                                    column, qs, total, q, m, listed, lambda i, m=m: index[m, i]
-                                )
-                            else:
-                                list_columns(column, qs, total, q, m, listed, lambda i: i)
-                            walk(sum32, sum16, w, column, qs, listed, b, width)
-                            finish(output, sum32, total, m, b, width)
-
-    return end.finish(sparse_ternary_matmul)
+    columns = Walk(BLOCK, COLUMNS, partial(columns_avx2.walk, ahead=ahead), value, ahead)
+    tiles = Tiles(
+        lambda rows, active: T.And(rows >= WIDE, active * 16 >= rows * k * batch_sixteenths),
+        partial(tile_rows, k=k, wide=wide, near_bytes=near_bytes),
+        lambda rows, share: T.if_then_else(rows < WIDE, share, stripe),
+    )
+    return walk.kernel(n, k, columns, tiles, most_eighths)

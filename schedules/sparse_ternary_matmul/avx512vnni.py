@@ -4,16 +4,14 @@ A block is 256 outputs, 64 bytes of a column. Bytes of any four columns are inte
 masked by 3 << 2f they are field f's codes times 4**f for `vpdpbusd`, as in
 ternary_matmul/avx512vnni.py. The layout orders bytes so that quads come out in output order.
 
-    for thread in threads:                          parallel, a share of the blocks each
-        few rows, or few active columns:
-            for m in M:                             walk:
-                list the active columns             or all, where most are active
-                for group of 8 columns:             the group AHEAD groups on is prefetched
-                    for b in share:                 sums[share, 16, 16] in L1: 5 KB
-                        sums[b] += dot(codes of the columns, q)     two quads, 16 registers
-        else: for m0 in M/TILE_M:                   tiled: codes serve every row of the tile
+    walk (walk.py says of what):
+        for group of 8 listed columns:              the group AHEAD groups on is prefetched
+            for b in blocks:                        sums[blocks, 256] in L1: 10 KB
+                sums[b] += dot(codes of the columns, q)     two quads, 16 registers
+    tiled:
+        for m0 in M/TILE_M:                         codes serve every row of the tile
             qs[TILE_M, 4Q]
-            for b in share:                         sums[TILE_M, 16, 16]
+            for b in share:                         sums[TILE_M, 256]
                 for slab in K/1024:
                     codes[16, 16, 16, 64]           256 KB, within L2
                     sums += codes * qs              multiply: 6 rows x 4 fields of 16, registers
@@ -24,21 +22,23 @@ ternary_matmul/avx512vnni.py. The layout orders bytes so that quads come out in 
     batch        | 4/16 of M K  | active from here on: rows are tiled: knob
     TILE_M       | of l2_bytes  | rows of q in half of L2
 
-|sum| <= 64 * 2 * 128 K: 32 bits hold it for K < 2**17.
+|sum| <= 255 * 128 K in a walk: 32 bits hold it for K < 2**16.
 Measured: Sapphire Rapids class Xeon, 2 cores, 2026-11-22, 2560 x 6912, cold, two threads, best of 9
 interleaved runs, us at 50, 84, 92 % zeros: 183, 82, 44 (avx2.py 300, 146, 77; ahead 0 266, 117,
 61; 1 and 4 as 2), against 198 of the dense kernel. 128 rows, 84 % zeros: 3.7 ms (avx2.py 10.4).
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc, Var
+from tvm.tirx import PrimFunc
 
-from schedules.epilogue import EPILOGUES, Output
-from schedules.intrin import avx2, avx512, threads
+from schedules.intrin import avx2, avx512
 from schedules.layouts import num_quads
+from schedules.sparse_ternary_matmul import walk
+from schedules.sparse_ternary_matmul.walk import Tiles, Walk
 from schedules.targets import CpuTarget
 from schedules.ternary_matmul.avx512vnni import (
     copy_row,
@@ -78,63 +78,49 @@ def codes_of(columns: list[Expr], field_masks: list[Expr]) -> list[Expr]:
     return [T.Bind(quad & mask) for mask in field_masks for quad in quads]
 
 
-def list_columns(column, qs, total, q, m, count, ahead: int, column_of):
-    """column[i], qs[0, i] for i in count, zeros up to whole groups, `ahead` groups of columns to
-    prefetch; total = their sum"""
-    last = T.max(count - 1, 0)
-    T.buffer_store(total, T.int32(0), [0])
-    with T.serial(count) as i:
-        T.buffer_store(column, column_of(i), [i])
-        T.buffer_store(qs, q[m, column_of(i)], [0, i])
-        T.buffer_store(total, total[0] + T.cast(q[m, column_of(i)], "int32"), [0])
-    with T.If(count > 0), T.Then():
-        with T.serial(-count % COLUMNS + ahead * COLUMNS) as i:
-            T.buffer_store(column, column_of(last), [count + i])
-            T.buffer_store(qs, T.int8(0), [0, count + i])
-
-
-def walk_group(sums, w, columns, next_columns, pairs, field_masks, first, b):
-    """sums[b, 16, 16] += what a group of columns adds to block first + b"""
-    found = [T.Bind(avx2.load(sums, b, g, 0, lanes=LANES)) for g in range(GROUPS)]
+def walk_group(sums, row, w, columns, next_columns, pairs, field_masks, b):
+    """sums[row] += what a group of columns adds to block b"""
+    found = [T.Bind(avx2.load(sums, row, LANES * g, lanes=LANES)) for g in range(GROUPS)]
     for quad, activations in enumerate(pairs):
         at = columns[4 * quad :][:4]
-        bytes_ = [T.Bind(avx2.load(w, column, first + b, 0, lanes=avx512.LINE)) for column in at]
+        bytes_ = [T.Bind(avx2.load(w, column, b, 0, lanes=avx512.LINE)) for column in at]
         for column in next_columns[4 * quad :][:4]:
-            avx2.prefetch(w, column, first + b, 0)
+            avx2.prefetch(w, column, b, 0)
         for g, code in enumerate(codes_of(bytes_, field_masks)):
             found[g] = T.Bind(avx512.dot_bytes(found[g], code, activations))
     for g, value in enumerate(found):
-        avx2.store(sums, b, g, 0, value=value, lanes=LANES)
+        avx2.store(sums, row, LANES * g, value=value, lanes=LANES)
 
 
-def walk(sums, w, column, qs, count, first, blocks, ahead: int):
-    """sums[b, 16, 16] = sums over `count` listed columns for `blocks` blocks from `first` on"""
-    field_masks = masks()
-    clear_sums(sums, blocks)
+def walk_columns(sums, row, w, column, qs, count, first, blocks, ahead: int):
+    """sums[row + b] = sums over `count` listed columns of block first + b, field f's times 4**f.
+    Of bytes that keep field f and all above, the first is not masked; the next is taken off."""
+    field_masks = [T.Bind(avx2.splat("uint8", 0xFF << 2 * f & 0xFF, 64)) for f in range(FIELDS)]
+    clear_sums(sums, row, blocks)
     with T.serial(T.ceildiv(count, COLUMNS)) as group:
         i = group * COLUMNS
         columns = [T.Bind(T.cast(column[i + c], "int64")) for c in range(COLUMNS)]
         later = [column[i + ahead * COLUMNS + c] for c in range(COLUMNS if ahead else 0)]
         later = [T.Bind(T.cast(c, "int64")) for c in later]
-        pairs = [T.Bind(quad_of(qs, 0, 2 * group + quad)) for quad in range(COLUMNS // 4)]
+        pairs = [T.Bind(quad_of(qs, i + quad)) for quad in range(0, COLUMNS, 4)]
         with T.serial(blocks) as b:
-            walk_group(sums, w, columns, later, pairs, field_masks, first, b)
+            walk_group(sums, row + b, w, columns, later, pairs, field_masks, first + b)
+    with T.serial(blocks) as b, T.serial(GROUPS - GROUPS // FIELDS) as g:
+        above = avx2.load(sums, row + b, LANES * g + BLOCK // FIELDS, lanes=LANES)
+        avx2.add(sums, row + b, LANES * g, value=-above, lanes=LANES)
 
 
-def clear_sums(sums, rows):
+def clear_sums(sums, first, rows):
     with T.serial(rows) as r, T.serial(GROUPS) as g:
-        avx2.store(sums, r, g, 0, value=T.broadcast(T.int32(0), LANES), lanes=LANES)
+        zero = avx2.splat("int32", 0, LANES)
+        avx2.store(sums, first + r, LANES * g, value=zero, lanes=LANES)
 
 
-def finish(output, sums, r, total, m, b):
-    """out[m] of block b from sums[r, 16, 16]"""
-
-    def finished(j, lanes):
-        shift = 2 * (j // (BLOCK // FIELDS))
-        found = avx2.load(sums, r, j // LANES, j % LANES, lanes=lanes)
-        return T.shift_right(found, T.broadcast(shift, lanes) if lanes > 1 else shift) - total
-
-    output.store(m, b, BLOCK, finished)
+def value(sums, row, j, lanes: int) -> Expr:
+    """Sums of outputs from j on of the block in sums[row]"""
+    shift = 2 * (j // (BLOCK // FIELDS))
+    found = avx2.load(sums, row, j, lanes=lanes)
+    return T.shift_right(found, T.broadcast(shift, lanes) if lanes > 1 else shift)
 
 
 def unpack(codes, w, b, kk0, count, k: int):
@@ -154,7 +140,7 @@ def multiply_rows(sums, codes, qs, r, rows: int, kk0, count):
         found = T.alloc_buffer((4 * rows, LANES), "int32", scope="local")  # registers
         places = [(i, j) for i in range(rows) for j in range(4)]
         for at, (i, j) in enumerate(places):
-            so_far = avx2.load(sums, r + i, 4 * g0 + j, 0, lanes=LANES)
+            so_far = avx2.load(sums, r + i, LANES * (4 * g0 + j), lanes=LANES)
             avx2.store(found, at, 0, value=so_far, lanes=LANES)
         with T.serial(count) as kk, T.serial(16) as row:
             quad = (kk0 + kk) * 16 + row
@@ -162,7 +148,7 @@ def multiply_rows(sums, codes, qs, r, rows: int, kk0, count):
                 T.Bind(avx2.load(codes, kk, 4 * g0 + j, row, 0, lanes=avx512.LINE))
                 for j in range(4)
             ]
-            activations = [T.Bind(quad_of(qs, r + i, quad)) for i in range(rows)]
+            activations = [T.Bind(quad_of(qs, r + i, 4 * quad)) for i in range(rows)]
             for at, (i, j) in enumerate(places):
                 total = avx512.dot_bytes(
                     avx2.load(found, at, 0, lanes=LANES), four[j], activations[i]
@@ -170,7 +156,7 @@ def multiply_rows(sums, codes, qs, r, rows: int, kk0, count):
                 avx2.store(found, at, 0, value=total, lanes=LANES)
         for at, (i, j) in enumerate(places):
             total = avx2.load(found, at, 0, lanes=LANES)
-            avx2.store(sums, r + i, 4 * g0 + j, 0, value=total, lanes=LANES)
+            avx2.store(sums, r + i, LANES * (4 * g0 + j), value=total, lanes=LANES)
 
 
 def multiply(sums, codes, qs, height, kk0, count):
@@ -196,7 +182,7 @@ def tile_rows(
     qs = T.alloc_buffer((tile_m, 4 * num_quads(k)), "int8")
     totals = T.alloc_buffer((tile_m,), "int32")
     codes = T.alloc_buffer((SLAB, GROUPS, 16, 64), "uint8")
-    sums = T.alloc_buffer((tile_m, GROUPS, LANES), "int32")
+    sums = T.alloc_buffer((tile_m, BLOCK), "int32")
     with T.serial(T.ceildiv(rows, tile_m)) as m0:
         m = m0 * tile_m
         height = T.Bind(T.min(rows - m, tile_m))
@@ -205,32 +191,17 @@ def tile_rows(
             sum_row(totals, r, qs, r)
         clear_rows(qs, height, -height % multiple)
         with T.serial(blocks) as b:
-            clear_sums(sums, T.ceildiv(height, multiple) * multiple)
+            clear_sums(sums, 0, T.ceildiv(height, multiple) * multiple)
             with T.serial(-(-groups // SLAB)) as slab:
                 count = T.Bind(T.min(groups - slab * SLAB, SLAB))
                 unpack(codes, w, first + b, slab * SLAB, count, k)
                 multiply(sums, codes, qs, height, slab * SLAB, count)
             with T.serial(height) as r:
-                finish(output, sums, r, totals[r], m + r, first + b)
 
+                def finished(j, lanes):
+                    return value(sums, r, j, lanes) - totals[r]
 
-def walk_rows(output, q, w, index, count, rows, first, blocks, k: int, ahead: int, most: int):
-    """Row by row of q, for `blocks` blocks from `first` on; all columns of a row with `most`"""
-    room = -(-k // COLUMNS) * COLUMNS + ahead * COLUMNS
-    column = T.alloc_buffer((room,), "int32")
-    qs = T.alloc_buffer((1, room), "int8")
-    total = T.alloc_buffer((1,), "int32", scope="local")
-    sums = T.alloc_buffer((w.shape[1], GROUPS, LANES), "int32")
-    with T.serial(rows) as m:
-        listed = T.Bind(T.if_then_else(count[m] < most, count[m], k))
-        with T.If(count[m] < most):
-            with T.Then():
-                list_columns(column, qs, total, q, m, listed, ahead, lambda i: index[m, i])
-            with T.Else():
-                list_columns(column, qs, total, q, m, listed, ahead, lambda i: i)
-        walk(sums, w, column, qs, listed, first, blocks, ahead)
-        with T.serial(blocks) as b:
-            finish(output, sums, b, total[0], m, first + b)
+                output.store(m + r, first + b, BLOCK, finished)
 
 
 def kernel(
@@ -242,46 +213,13 @@ def kernel(
     most_eighths: int = 6,
     batch_sixteenths: int = 4,
 ) -> PrimFunc:
-    def is_tiled(rows, active):
-        return T.And(rows >= TILED_ROWS, active * 16 >= rows * k * batch_sixteenths)
+    tile_m = tile_height(k, ROWS, target)
+    tiles = Tiles(
+        lambda rows, active: T.And(rows >= TILED_ROWS, active * 16 >= rows * k * batch_sixteenths),
+        partial(tile_rows, k=k, tile_m=tile_m, multiply=multiply),
+    )
+    return walk.kernel(n, k, walk_of(ahead), tiles, most_eighths)
 
-    tile_m, most = tile_height(k, ROWS, target), -(-k * most_eighths // 8)
-    return build(n, k, tile_m, is_tiled, tile_rows, multiply, ahead, most)
 
-
-def build(
-    n: int, k: int, tile_m: int, is_tiled, tile_rows, multiply: Multiply, ahead: int, most: int
-):
-    """The kernel, tiled where is_tiled(M, active columns of all rows) says so."""
-    end = EPILOGUES["residual"]
-    blocks = -(-n // BLOCK)
-    rows = Var("M", "int64")
-
-    @T.prim_func(s_tir=True)
-    def sparse_ternary_matmul(
-        q: T.Buffer((rows, k), "int8"),
-        scale: T.Buffer((rows,), "float32"),
-        index: T.Buffer((rows, k), "int32"),
-        count: T.Buffer((rows,), "int32"),
-        w: T.Buffer((k, blocks, 64), "uint8"),
-        w_scale: T.Buffer((n,), "float32"),
-        extra: T.Buffer((rows, n), "float32"),
-        out: T.Buffer((rows, n), "float32"),
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
-        height = T.meta_var(T.cast(rows, "int32"))
-        with T.sblock("root"):
-            tasks = T.min(threads.count(), blocks)
-            active = T.int64(0)
-            for m in T.serial(height):
-                active += T.cast(count[m], "int64")
-            for task in T.parallel(tasks):
-                first = threads.share(blocks, task, tasks)
-                share = threads.share(blocks, task + 1, tasks) - first
-                if is_tiled(rows, active):
-                    tile_rows(output, q, w, height, first, share, k, tile_m, multiply)
-                else:
-                    walk_rows(output, q, w, index, count, height, first, share, k, ahead, most)
-
-    return end.finish(sparse_ternary_matmul)
+def walk_of(ahead: int) -> Walk:
+    return Walk(BLOCK, COLUMNS, partial(walk_columns, ahead=ahead), value, ahead)

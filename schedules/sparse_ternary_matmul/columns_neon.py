@@ -1,17 +1,9 @@
-"""sparse_ternary_matmul on NEON: ternary_matmul's walk over a list of columns, active ones only.
-
-    for thread in threads:                          parallel, a share of the blocks each
-        M < wide, or few active columns:
-            for stripe in share:                    all of it for M < wide
-                for m in M:                         the stripe is near for the next row
-                    list the active columns         or all, where most are active
-                    walk(list, stripe)
-        else: tiled
+"""sparse_ternary_matmul on NEON: walk.py's loops around ternary_matmul's walk.
 
     tile             | value | bound by
-    most_eighths     | 6     | reading on beats following the list, whose runs end after a share
+    most_eighths     | 6     | reading on beats following the list, whose runs end after a column
     batch_sixteenths | 4     | a tiled row costs some 3 times less a column than a walked one
-    stripe           | 2     | a cache line of each column
+    stripe           | 2     | blocks, a cache line of each column, near for the next row
 
 Counted: docs/log.md.
 """
@@ -19,22 +11,15 @@ Counted: docs/log.md.
 from functools import partial
 
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc, Var
+from tvm.tirx import PrimFunc
 
-from schedules.epilogue import EPILOGUES, Output
-from schedules.intrin import threads
+from schedules.intrin import lanes as vector
+from schedules.sparse_ternary_matmul import walk
+from schedules.sparse_ternary_matmul.walk import Tiles, Walk
 from schedules.targets import CpuTarget
-from schedules.ternary_matmul import tiles_neon
-from schedules.ternary_matmul.columns_neon import (
-    BLOCK,
-    FIELDS,
-    finish,
-    list_columns,
-    padded,
-    unpack,
-    walk,
-)
-from schedules.ternary_matmul.tiles_neon import Form, Tiles, tile_rows
+from schedules.ternary_matmul import columns_neon, tiles_neon
+from schedules.ternary_matmul.columns_neon import BLOCK, FIELDS, GROUP
+from schedules.ternary_matmul.tiles_neon import Form
 
 KNOBS = {
     "most_eighths": (6, 4, 8),  # of K: from here on a row walks every column
@@ -49,6 +34,10 @@ def layout() -> str:
     return "columns_2bit"
 
 
+def value(sums, row, j, lanes: int):
+    return vector.load(sums, row, j, lanes=lanes)
+
+
 def kernel(
     n: int,
     k: int,
@@ -60,56 +49,18 @@ def kernel(
     stripe: int = 2,
     l2_eighths: int = 4,
 ) -> PrimFunc:
-    end = EPILOGUES["residual"]
-    blocks, small_blocks = -(-n // BLOCK), -(-n // tiles_neon.BLOCK)
-    most = -(-k * most_eighths // 8)
-    tiles = Tiles.of(form, k, target, 4, l2_eighths)
-    rows = Var("M", "int64")
+    small_blocks = -(-n // tiles_neon.BLOCK)
+    sizes = tiles_neon.Tiles.of(form, k, target, 4, l2_eighths)
 
-    @T.prim_func(s_tir=True)
-    def sparse_ternary_matmul(
-        q: T.Buffer((rows, k), "int8"),
-        scale: T.Buffer((rows,), "float32"),
-        index: T.Buffer((rows, k), "int32"),
-        count: T.Buffer((rows,), "int32"),
-        w: T.Buffer((k, blocks, 32), "uint8"),
-        w_scale: T.Buffer((n,), "float32"),
-        extra: T.Buffer((rows, n), "float32"),
-        out: T.Buffer((rows, n), "float32"),
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        output = T.meta_var(Output(end, n, scale, w_scale, extra, out))
-        unpack_block = T.meta_var(partial(unpack, w, k, form))
-        height = T.meta_var(T.cast(rows, "int32"))
-        with T.sblock("root"):
-            tasks = T.min(threads.count(), blocks)
-            active = T.int64(0)
-            for m in T.serial(height):
-                active += T.cast(count[m], "int64")
-            for task in T.parallel(tasks):
-                first = threads.share(blocks, task, tasks)
-                share = threads.share(blocks, task + 1, tasks) - first
-                if height >= WIDE and active * 16 >= rows * k * batch_sixteenths:
-                    last = T.min(FIELDS * (first + share), small_blocks)
-                    tile_rows(output, unpack_block, q, height, FIELDS * first, last, tiles)
-                else:
-                    column = T.alloc_buffer((padded(k),), "int32")
-                    qs = T.alloc_buffer((padded(k),), "int8")
-                    total = T.alloc_buffer((1,), "int32", scope="local")
-                    sum32 = T.alloc_buffer((blocks, BLOCK), "int32")
-                    step = T.if_then_else(height < WIDE, share, stripe)
-                    for s in T.serial(T.ceildiv(share, step)):
-                        b = T.meta_var(first + s * step)
-                        width = T.min(share - s * step, step)
-                        for m in T.serial(height):
-                            listed = T.if_then_else(count[m] < most, count[m], k)
-                            if count[m] < most:
-                                list_columns(
-                                    column, qs, total, q, m, listed, lambda i, m=m: index[m, i]
-                                )
-                            else:
-                                list_columns(column, qs, total, q, m, listed, lambda i: i)
-                            walk(sum32, w, column, qs, listed, b, width, form)
-                            finish(output, sum32, total, m, b, width)
+    def multiply(output, q, w, rows, first, share):
+        last = T.min(FIELDS * (first + share), small_blocks)
+        unpack = partial(columns_neon.unpack, w, k, form)
+        tiles_neon.tile_rows(output, unpack, q, rows, FIELDS * first, last, sizes)
 
-    return end.finish(sparse_ternary_matmul)
+    columns = Walk(BLOCK, GROUP, partial(columns_neon.walk, form=form), value)
+    tiles = Tiles(
+        lambda rows, active: T.And(rows >= WIDE, active * 16 >= rows * k * batch_sixteenths),
+        multiply,
+        lambda rows, share: T.if_then_else(rows < WIDE, share, stripe),
+    )
+    return walk.kernel(n, k, columns, tiles, most_eighths)

@@ -80,9 +80,9 @@ def sum_row(totals, to, qs, r):
     T.buffer_store(totals, avx2.sum_lanes(avx2.load(lanes, 0, 0, lanes=16)), [to])
 
 
-def quad_of(qs, r, quad) -> Expr:
-    """Four neighbours of row r in every 32 bits"""
-    four = T.reinterpret("int32", avx2.load(qs, r, 4 * quad, lanes=4))
+def quad_of(qs, *index) -> Expr:
+    """Four neighbours from an index on in every 32 bits"""
+    four = T.reinterpret("int32", avx2.load(qs, *index, lanes=4))
     return T.reinterpret("int8x64", T.broadcast(four, 16))
 
 
@@ -93,7 +93,7 @@ def accumulate(sums32, w, qs, blocks, rows, prefetch: int):
     avx2.clear(sums, count, "int32", GROUP)
     field_masks = masks()
     with T.serial(w.shape[1]) as quad:
-        activations = [T.Bind(quad_of(qs, r, quad)) for r in rows]
+        activations = [T.Bind(quad_of(qs, r, 4 * quad)) for r in rows]
         for i, b in enumerate(blocks):
             bytes_ = T.Bind(avx2.load(w, b, quad, 0, lanes=avx512.LINE))
             if prefetch:

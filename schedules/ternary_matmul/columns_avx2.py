@@ -32,6 +32,7 @@ Measured: not yet.
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
+from schedules.columns import gather, list_length, write_columns
 from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import avx2, threads
 from schedules.targets import CpuTarget
@@ -39,13 +40,14 @@ from schedules.targets import CpuTarget
 BLOCK = 128  # outputs in a block of the layout
 FIELDS = 4
 GROUP = 4  # pairs of columns that a walk takes at once
+COLUMNS = 2 * GROUP
 PAIRS_PER_DRAIN = 0x7FFF // (2 * 2 * 128) // GROUP * GROUP
 WIDE = 4  # rows from which on they are tiled
 
 
 def padded(k: int) -> int:
     """Columns of a list of any k: whole groups of pairs."""
-    return -(-k // (2 * GROUP)) * 2 * GROUP
+    return list_length(k, COLUMNS)
 
 
 def codes(first, second):
@@ -73,28 +75,17 @@ def drain(sum32, row, column, low, high):
             avx2.add(sum32, row, column + 16 * j + 8 * c, value=words, lanes=8)
 
 
-def clear_rows(buffer, rows, columns: int, dtype: str, lanes: int):
-    with T.serial(rows) as i:
-        with T.serial(columns // lanes) as j:
-            zero = T.broadcast(T.cast(T.int32(0), dtype), lanes)
-            avx2.store(buffer, i, lanes * j, value=zero, lanes=lanes)
+def clear_rows(buffer, first, rows, columns: int, dtype: str, lanes: int):
+    with T.serial(rows) as i, T.serial(columns // lanes) as j:
+        zero = avx2.splat(dtype, 0, lanes)
+        avx2.store(buffer, first + i, lanes * j, value=zero, lanes=lanes)
 
 
-def list_columns(column, qs, total, q, m, count, column_of):
-    """column[i], qs[i] for i in count, zero activations up to whole groups; total = their sum"""
-    T.buffer_store(total, T.int32(0), [0])
-    with T.serial(count) as i:
-        T.buffer_store(column, column_of(i), [i])
-        T.buffer_store(qs, q[m, column_of(i)], [i])
-        T.buffer_store(total, total[0] + T.cast(q[m, column_of(i)], "int32"), [0])
-    with T.serial(-count % (2 * GROUP)) as i:
-        T.buffer_store(column, column_of(count - 1), [count + i])
-        T.buffer_store(qs, T.int8(0), [count + i])
-
-
-def walk_group(sum16, w, columns, pairs, first, b):
+def walk_group(sum16, w, columns, later, pairs, first, b):
     """sum16[b, 8, 16] += what a group of columns adds to block first + b"""
     sums = [T.Bind(avx2.load(sum16, b, 16 * v, lanes=16)) for v in range(2 * FIELDS)]
+    for column in later:
+        avx2.prefetch(w, column, first + b, 0)
     for p, pair in enumerate(pairs):
         bytes_ = [avx2.load(w, column, first + b, 0, lanes=32) for column in columns[2 * p :][:2]]
         for v, code in enumerate(codes(*bytes_)):
@@ -103,33 +94,33 @@ def walk_group(sum16, w, columns, pairs, first, b):
         avx2.store(sum16, b, 16 * v, value=value, lanes=16)
 
 
-def walk(sum32, sum16, w, column, qs, count, first, blocks):
-    """sum32[b, 128] = sums of `count` listed columns for `blocks` blocks from `first` on"""
-    groups = T.ceildiv(count, 2 * GROUP)
+def walk(sum32, row, w, column, qs, count, first, blocks, ahead: int = 0):
+    """sum32[row + b] = sums of `count` listed columns for `blocks` blocks from `first` on; the
+    list goes on for `ahead` groups more, which are prefetched"""
+    sum16 = T.alloc_buffer((w.shape[1], BLOCK), "int16")
+    groups = T.Bind(T.ceildiv(count, COLUMNS))
     per_drain = PAIRS_PER_DRAIN // GROUP
-    clear_rows(sum32, blocks, BLOCK, "int32", 8)
+    clear_rows(sum32, row, blocks, BLOCK, "int32", 8)
     with T.serial(T.ceildiv(groups, per_drain)) as d:
-        clear_rows(sum16, blocks, BLOCK, "int16", 16)
+        clear_rows(sum16, 0, blocks, BLOCK, "int16", 16)
         with T.serial(T.min(per_drain, groups - d * per_drain)) as g:
-            i = (d * per_drain + g) * 2 * GROUP
+            i = (d * per_drain + g) * COLUMNS
             # as int64, so that the eight addresses are computed once and not for every block
-            columns = [T.Bind(T.cast(column[i + c], "int64")) for c in range(2 * GROUP)]
+            columns = [T.Bind(T.cast(column[i + c], "int64")) for c in range(COLUMNS)]
+            later = [column[i + ahead * COLUMNS + c] for c in range(COLUMNS if ahead else 0)]
+            later = [T.Bind(T.cast(c, "int64")) for c in later]
             pairs = [T.Bind(activation_pair(qs, i + 2 * p)) for p in range(GROUP)]
             with T.serial(blocks) as b:
-                walk_group(sum16, w, columns, pairs, first, b)
+                walk_group(sum16, w, columns, later, pairs, first, b)
         with T.serial(blocks) as b:
             for f in range(FIELDS):
                 low, high = (avx2.load(sum16, b, 32 * f + 16 * c, lanes=16) for c in (0, 1))
-                drain(sum32, b, 32 * f, low, high)
+                drain(sum32, row + b, 32 * f, low, high)
 
 
-def finish(output, sum32, total, m, first, blocks):
-    with T.serial(blocks) as b:
-
-        def sums(j, lanes):
-            return avx2.load(sum32, b, j, lanes=lanes) - total[0]
-
-        output.store(m, first + b, BLOCK, sums)
+def finish(output, sum32, row, total, m, b):
+    """out[m] of block b from sum32[row]"""
+    output.store(m, b, BLOCK, lambda j, lanes: avx2.load(sum32, row, j, lanes=lanes) - total)
 
 
 def unpack_codes(unpacked, w, b, p0, pairs, k):
@@ -171,7 +162,7 @@ def copy_rows(qs, totals, q, m, rows, height, k):
 def tile_block(output, w, qs, totals, unpacked, sum32, m, b, rows, height, k, wide):
     """All outputs of block b and of `height` rows from m on, of which `rows` exist"""
     pairs = -(-k // 2)
-    clear_rows(sum32, height, BLOCK, "int32", 8)
+    clear_rows(sum32, 0, height, BLOCK, "int32", 8)
     with T.serial(-(-pairs // PAIRS_PER_DRAIN)) as d:
         p0 = d * PAIRS_PER_DRAIN
         some = T.Bind(T.min(PAIRS_PER_DRAIN, pairs - p0))
@@ -180,11 +171,7 @@ def tile_block(output, w, qs, totals, unpacked, sum32, m, b, rows, height, k, wi
             with T.serial(FIELDS) as f:
                 tile_field(sum32, unpacked, qs, wide * r, f, p0, some, wide)
     with T.serial(rows) as r:
-
-        def sums(j, lanes):
-            return avx2.load(sum32, r, j, lanes=lanes) - totals[r]
-
-        output.store(m + r, b, BLOCK, sums)
+        finish(output, sum32, r, totals[r], m + r, b)
 
 
 def tile_rows(output, q, w, rows, first, blocks, k, wide, near_bytes):
@@ -234,12 +221,13 @@ def kernel(
                 else:
                     column = T.alloc_buffer((padded(k),), "int32")
                     qs = T.alloc_buffer((padded(k),), "int8")
-                    total = T.alloc_buffer((1,), "int32", scope="local")
-                    sum16 = T.alloc_buffer((blocks, BLOCK), "int16")
+                    total = T.alloc_buffer((1,), "int32")
                     sum32 = T.alloc_buffer((blocks, BLOCK), "int32")
+                    write_columns(column, k, COLUMNS, lambda i: i)
                     for m in T.serial(height):
-                        list_columns(column, qs, total, q, m, k, lambda i: i)
-                        walk(sum32, sum16, w, column, qs, k, first, share)
-                        finish(output, sum32, total, m, first, share)
+                        gather(qs, total, q, m, column, k, COLUMNS)
+                        walk(sum32, 0, w, column, qs, k, first, share)
+                        for b in T.serial(share):
+                            finish(output, sum32, b, total[0], m, first + b)
 
     return end.finish(ternary_matmul)

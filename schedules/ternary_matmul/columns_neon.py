@@ -23,6 +23,7 @@ from functools import partial
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
+from schedules.columns import gather, list_length, write_columns
 from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import neon, threads
 from schedules.intrin.lanes import add, load, splat, store
@@ -39,24 +40,12 @@ SCALES = (0, 2, 4, 0)  # a field's sums of the form DOT are shifted left by
 
 def padded(k: int) -> int:
     """Columns of a list of any k: whole groups."""
-    return -(-k // GROUP) * GROUP
+    return list_length(k, GROUP)
 
 
-def clear_rows(buffer, rows, columns: int, dtype: str):
+def clear_rows(buffer, first, rows, columns: int, dtype: str):
     with T.serial(rows) as i, T.serial(columns // 8) as j:
-        store(buffer, i, 8 * j, value=splat(dtype, 0, 8), lanes=8)
-
-
-def list_columns(column, qs, total, q, m, count, column_of):
-    """column[i], qs[i] for i in count, zero activations up to whole groups; total = their sum"""
-    T.buffer_store(total, T.int32(0), [0])
-    with T.serial(count) as i:
-        T.buffer_store(column, column_of(i), [i])
-        T.buffer_store(qs, q[m, column_of(i)], [i])
-        T.buffer_store(total, total[0] + T.cast(q[m, column_of(i)], "int32"), [0])
-    with T.serial(-count % GROUP) as i:
-        T.buffer_store(column, column_of(count - 1), [count + i])
-        T.buffer_store(qs, T.int8(0), [count + i])
+        store(buffer, first + i, 8 * j, value=splat(dtype, 0, 8), lanes=8)
 
 
 def scaled_field(bytes_, f: int):
@@ -66,10 +55,10 @@ def scaled_field(bytes_, f: int):
     return T.reinterpret("int8x16", bytes_ & splat("uint8", 3 << 2 * f, 16))
 
 
-def dot_group(sum32, w, columns, quads, first, b, h):
-    """sum32[b] += what a group of columns adds to half h of the fields of block first + b"""
+def dot_group(sum32, row, w, columns, quads, first, b, h):
+    """sum32[row + b] += what a group of columns adds to half h of the fields of block first + b"""
     at = [(32 * f + 16 * h + 4 * v, f, v) for f in range(FIELDS) for v in range(4)]
-    sums = {(f, v): T.Bind(load(sum32, b, j, lanes=4)) for j, f, v in at}
+    sums = {(f, v): T.Bind(load(sum32, row + b, j, lanes=4)) for j, f, v in at}
     for c in range(0, GROUP, 4):
         bytes_ = [
             T.Bind(load(w, column, first + b, 16 * h, lanes=16)) for column in columns[c:][:4]
@@ -78,7 +67,7 @@ def dot_group(sum32, w, columns, quads, first, b, h):
             for f in range(FIELDS):
                 sums[f, v] = T.Bind(neon.dot(sums[f, v], scaled_field(rows, f), quads[c // 4]))
     for j, f, v in at:
-        store(sum32, b, j, value=sums[f, v], lanes=4)
+        store(sum32, row + b, j, value=sums[f, v], lanes=4)
 
 
 def long_group(sum16, w, columns, eights, first, b, h):
@@ -120,40 +109,36 @@ def for_groups(column, qs, first_group, groups, blocks, spread, body):
                 body(columns, activations, b, h)
 
 
-def walk(sum32, w, column, qs, count, first, blocks, form: Form):
-    """sum32[b, 128] = sums of `count` listed columns for `blocks` blocks from `first` on"""
+def walk(sum32, row, w, column, qs, count, first, blocks, form: Form):
+    """sum32[row + b] = sums of `count` listed columns for `blocks` blocks from `first` on"""
     groups = T.ceildiv(count, GROUP)
-    clear_rows(sum32, blocks, BLOCK, "int32")
+    clear_rows(sum32, row, blocks, BLOCK, "int32")
     if form is not LONG:
         for_groups(
             column, qs, 0, groups, blocks, quads_of,
-            lambda columns, quads, b, h: dot_group(sum32, w, columns, quads, first, b, h),
+            lambda columns, quads, b, h: dot_group(sum32, row, w, columns, quads, first, b, h),
         )  # fmt: skip
         with T.serial(blocks) as b:
             for j in range(32, 96, 4):
-                scale = splat("int32", SCALES[j // 32], 4)
-                store(sum32, b, j, value=T.shift_right(load(sum32, b, j, lanes=4), scale), lanes=4)
+                scale, found = splat("int32", SCALES[j // 32], 4), load(sum32, row + b, j, lanes=4)
+                store(sum32, row + b, j, value=T.shift_right(found, scale), lanes=4)
         return
-    sum16 = T.alloc_buffer(sum32.shape, "int16")
+    sum16 = T.alloc_buffer((w.shape[1], BLOCK), "int16")
     with T.serial(T.ceildiv(groups, GROUPS_PER_DRAIN)) as d:
         done = T.Bind(d * GROUPS_PER_DRAIN)
-        clear_rows(sum16, blocks, BLOCK, "int16")
+        clear_rows(sum16, 0, blocks, BLOCK, "int16")
         for_groups(
             column, qs, done, T.min(GROUPS_PER_DRAIN, groups - done), blocks, eights_of,
             lambda columns, eights, b, h: long_group(sum16, w, columns, eights, first, b, h),
         )  # fmt: skip
         with T.serial(blocks) as b, T.serial(BLOCK // 8) as j:
             words = T.cast(load(sum16, b, 8 * j, lanes=8), "int32x8")
-            add(sum32, b, 8 * j, value=words, lanes=8)
+            add(sum32, row + b, 8 * j, value=words, lanes=8)
 
 
-def finish(output, sum32, total, m, first, blocks):
-    with T.serial(blocks) as b:
-
-        def sums(j, lanes):
-            return load(sum32, b, j, lanes=lanes) - total[0]
-
-        output.store(m, first + b, BLOCK, sums)
+def finish(output, sum32, row, total, m, b):
+    """out[m] of block b from sum32[row]"""
+    output.store(m, b, BLOCK, lambda j, lanes: load(sum32, row, j, lanes=lanes) - total)
 
 
 def unpack(w, k: int, form: Form, codes, b, p0, quads):
@@ -231,11 +216,13 @@ def kernel(
                 else:
                     column = T.alloc_buffer((padded(k),), "int32")
                     qs = T.alloc_buffer((padded(k),), "int8")
-                    total = T.alloc_buffer((1,), "int32", scope="local")
+                    total = T.alloc_buffer((1,), "int32")
                     sum32 = T.alloc_buffer((blocks, BLOCK), "int32")
+                    write_columns(column, k, GROUP, lambda i: i)
                     for m in T.serial(height):
-                        list_columns(column, qs, total, q, m, k, lambda i: i)
-                        walk(sum32, w, column, qs, k, first, share, form)
-                        finish(output, sum32, total, m, first, share)
+                        gather(qs, total, q, m, column, k, GROUP)
+                        walk(sum32, 0, w, column, qs, k, first, share, form)
+                        for b in T.serial(share):
+                            finish(output, sum32, b, total[0], m, first + b)
 
     return end.finish(ternary_matmul)
