@@ -10,6 +10,7 @@ from schedules.attention.cuda import KEYS, ONES, qmax
 from schedules.attention.split_attend_sm90 import Block
 from schedules.attention.split_row_sm90 import BLOCKS, UNITS
 from schedules.intrin import cuda
+from schedules.intrin import lanes_cuda as lanes
 from schedules.kv_append.cuda import head_scale
 from schedules.kv_append.generic import BOS_BITS, quantized
 
@@ -41,7 +42,7 @@ class Own:
             peak = T.float32(0)
             for i in range(4 * form.slots):
                 peak = T.max(peak, T.abs(x[i]))
-            amax = cuda.warp_max_abs(T.bind(peak))
+            amax = lanes.max_float32(T.bind(peak))
             limit = T.int32(qmax(form.kv_bits))
             if form.kv_bits == 3:
                 limit = T.Select(self.cache.position == 0, T.int32(qmax(BOS_BITS)), limit)

@@ -10,6 +10,7 @@ from schedules.attention.softmax import SMALLEST_UNIT
 from schedules.attention.split_row_sm90 import Cache, Form, Row
 from schedules.attention.split_tile_sm90 import Tile
 from schedules.intrin import cuda
+from schedules.intrin import lanes_cuda as lanes
 from schedules.intrin.exp import nearest
 from schedules.kv_append.generic import BOS_BITS
 
@@ -45,7 +46,7 @@ class Block(Tile):
             scale = T.cast(self.scales[half], "float64") * self.factor[self.h]
             score = T.cast(dots[half], "float64") * scale
             cuda.store(scores, T.Select(is_seen[half], score, cuda.float64(LOWEST)), half)
-        top = cuda.warp_max_float64(T.max(scores[0], scores[1]))
+        top = lanes.max_float64(T.max(scores[0], scores[1]))
         peak = T.bind(T.max(self.state[0], top))
         rescale = T.bind(T.exp(self.state[0] - peak))
         cuda.store(self.state, peak, 0)
@@ -53,9 +54,9 @@ class Block(Tile):
             e = T.bind(T.exp(scores[half] - peak))
             cuda.store(scores, T.Select(is_seen[half], e, T.float64(0)), half)
             cuda.store(weights, scores[half] * T.cast(self.scales[2 + half], "float64"), half)
-        total = cuda.warp_sum(scores[0] + scores[1])
+        total = lanes.sum_float64(scores[0] + scores[1])
         cuda.store(self.state, self.state[1] * rescale + total, 1)
-        unit = T.bind(cuda.warp_max_float64(T.max(weights[0], weights[1])) / T.float64(255))
+        unit = T.bind(lanes.max_float64(T.max(weights[0], weights[1])) / T.float64(255))
         divisor = T.bind(T.max(unit, cuda.float64(SMALLEST_UNIT)))
         p = [T.bind(T.cast(nearest(weights[half] / divisor), "int32")) for half in range(2)]
         self._add_values(first, p, rescale, unit)
@@ -125,8 +126,8 @@ class Block(Tile):
     def _quad(self, p: Expr) -> Expr:
         """p of the four lanes of a group in one word."""
         word = T.bind(T.cast(p, "uint32") << T.cast(self.lane % 4 * 8, "uint32"))
-        for lanes in (1, 2):
-            word = T.bind(word | cuda.shuffle_xor(word, lanes))
+        for step in (1, 2):
+            word = T.bind(word | cuda.shuffle_xor(word, step))
         return word
 
     def _add_quad(self, sums, weights: Expr, row: Expr, column: int) -> None:

@@ -6,6 +6,7 @@ from tvm.script import tirx as T
 from schedules.attention.split_attend_sm90 import Block
 from schedules.attention.split_row_sm90 import BLOCKS, UNITS
 from schedules.intrin import cuda
+from schedules.intrin import lanes_cuda as lanes
 
 
 def finish(block: Block, y, m, first_head: Expr) -> None:
@@ -36,8 +37,8 @@ def merge(block: Block, o, state, y, m, first_head: Expr) -> None:
     u, other = T.bind(lane % UNITS), T.bind(T.cast(lane // UNITS, "uint32"))
     peak = cuda.load_remote(state, (u * form.heads + h) * 2, other)
     total = cuda.load_remote(state, (u * form.heads + h) * 2 + 1, other)
-    factor = T.bind(T.exp(peak - cuda.warp_max_float64(peak)))
-    total = cuda.warp_sum(T.bind(factor * total))
+    factor = T.bind(T.exp(peak - lanes.max_float64(peak)))
+    total = lanes.sum_float64(T.bind(factor * total))
     remote = T.bind(T.cast(lane % BLOCKS, "uint32"))
     factors = [T.bind(cuda.shuffle(factor, lane % BLOCKS * UNITS + u)) for u in range(UNITS)]
     t, threads = block.warp * cuda.WARP + lane, form.warps * cuda.WARP

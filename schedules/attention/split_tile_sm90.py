@@ -12,6 +12,7 @@ from tvm.script import tirx as T
 from schedules.attention.cuda import KEYS, ONES
 from schedules.attention.split_row_sm90 import BLOCKS, UNITS, Cache, Form, Row
 from schedules.intrin import cuda
+from schedules.intrin import lanes_cuda as lanes
 from schedules.rms_norm.generic import SMALLEST_STAT, int8_code, int8_factor, int8_scale
 
 
@@ -123,7 +124,7 @@ class Tile:
         peak = T.float32(SMALLEST_STAT)
         for i in range(4 * form.slots):
             peak = T.max(peak, T.abs(x[i]))
-        amax = cuda.warp_max_abs(T.bind(peak))
+        amax = lanes.max_float32(T.bind(peak))
         factor = T.bind(int8_factor(amax))
         total = cuda.local("int32", 1)
         cuda.store(total, T.int32(0), 0)

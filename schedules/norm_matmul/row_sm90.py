@@ -20,6 +20,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.intrin import cuda
+from schedules.intrin import lanes_cuda as lanes
 from schedules.rms_norm.generic import QUANTIZERS, SMALLEST_STAT, write_mean
 from schedules.rms_norm_topk.histogram_cuda import Selection
 
@@ -65,14 +66,14 @@ class Row:
         while len(terms) > 1:  # in pairs: an addition waits for the last
             pairs = zip(terms[::2], terms[1::2], strict=False)
             terms = [a + b for a, b in pairs] + terms[len(terms) // 2 * 2 :]
-        return self._exchange(cuda.warp_sum(terms[0]), "f64", use, cuda.warp_sum)
+        return self._exchange(lanes.sum_float64(terms[0]), "f64", use, lanes.sum_float64)
 
     def max_abs(self, h: Any, use: int) -> Expr:
         """float32, of all |h|."""
         peak: Any = T.uint32(0)
         for i in range(VECTOR * self.depth):
             peak = T.max(peak, T.reinterpret("uint32", T.abs(h[i])))
-        peak = self._exchange(cuda.warp_max(T.bind(peak)), "b32", use, cuda.warp_max)
+        peak = self._exchange(lanes.max_uint32(T.bind(peak)), "b32", use, lanes.max_uint32)
         return T.reinterpret("float32", peak)
 
     def _exchange(self, of_warp: Expr, bits: str, use: int, reduce: Callable) -> Expr:
