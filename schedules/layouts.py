@@ -12,6 +12,8 @@
                  |  ceil(K/128), 512)       | = w[16a + 8h + g, 128c + 64v + 16i + 4t + j] & 3
     quads_signed | (ceil(N/32), S, 32)      | bits 2f.. of byte 16h+4r+i = w[n, 4p+i] + 1 for row
                  |                          | n = 32b+16h+4f+r, f < 3; bits 6.. = w[n, 4p+i] & 3
+    triples_5bit | (ceil(N/64),             | five bits for three weights: 9(a+1) + 3(b+1) + c+1,
+                 |  ceil(K/24), 320)        | see `_triples_5bit_pack`
 
 `tiles_2bit` is the order of the fragments of a tensor core's 16 x 32 operand: 16 bytes a lane are
 two 64-column runs (v) of two rows (h), a load of 512 neighbouring bytes a warp. Its codes are two's
@@ -190,6 +192,48 @@ def _quads_signed_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
     return field.reshape(32 * blocks, 4 * quads)[:n, :k].astype(np.int8) - np.int8(1)
 
 
+# Columns of the eight triples of 24: three of a quad each, and the fourths of three quads
+TRIPLES = tuple(
+    (c + 4 * t, c + 4 * t + 1, c + 4 * t + 2) if t < 3 else (c + 3, c + 7, c + 11)
+    for c in (0, 12)
+    for t in range(4)
+)
+TRIPLE_COLUMNS = 24
+# Row of a block for each of 64 bytes: two neighbours in 8 bytes belong to the same 16 rows
+TRIPLE_ROWS = tuple(16 * (s % 8 // 2) + 2 * (s // 8) + s % 2 for s in range(64))
+
+
+def _triples_5bit_shape(n: int, k: int) -> tuple[int, ...]:
+    return -(-n // 64), -(-k // TRIPLE_COLUMNS), 5 * 64
+
+
+def _triples_5bit_pack(w: np.ndarray) -> np.ndarray:
+    """Byte 64r + s belongs to row TRIPLE_ROWS[s]. Its low five bits are triple r, r < 5; the high
+    three bits hold the others: of bytes r = 0, 2 and 4 the low bits of triples 5, 6 and 7; of
+    byte 1 bit 3 of triple 7, then bits 3 and 4 of triple 5; of byte 3 bit 4 of triple 7, then bits
+    3 and 4 of triple 6."""
+    blocks, groups, _ = _triples_5bit_shape(*w.shape)
+    code = _padded(w, 64, TRIPLE_COLUMNS * groups).reshape(blocks, 64, groups, TRIPLE_COLUMNS)
+    code = code[:, TRIPLE_ROWS]
+    t = [9 * code[..., a] + 3 * code[..., b] + code[..., c] for a, b, c in TRIPLES]
+    low = [t[5] << 5, (t[7] & 8) << 2, t[6] << 5, (t[7] & 16) << 1, t[7] << 5]
+    high = [0, (t[5] & 24) << 3, 0, (t[6] & 24) << 3, 0]
+    bytes_ = np.stack([a | b | c for a, b, c in zip(t, low, high, strict=False)])
+    return np.ascontiguousarray(bytes_.transpose(1, 3, 0, 2)).reshape(blocks, groups, 320)
+
+
+def _triples_5bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    blocks, groups, _ = packed.shape
+    r = packed.reshape(blocks, groups, 5, 64).transpose(2, 0, 3, 1)
+    fifth, sixth = (r[i] >> 5 | r[i + 1] >> 3 & 24 for i in (0, 2))
+    seventh = r[4] >> 5 | r[1] >> 2 & 8 | r[3] >> 1 & 16
+    code = np.empty((blocks, 64, groups, TRIPLE_COLUMNS), np.int8)
+    for columns, triple in zip(TRIPLES, [*(r & 31), fifth, sixth, seventh], strict=True):
+        for column, power in zip(columns, (9, 3, 1), strict=True):
+            code[:, TRIPLE_ROWS, :, column] = (triple // power % 3 - 1).transpose(1, 0, 2)
+    return code.reshape(64 * blocks, TRIPLE_COLUMNS * groups)[:n, :k].copy()
+
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -199,6 +243,7 @@ LAYOUTS = {
         Layout("columns_256", _columns_256_shape, _columns_256_pack, _columns_256_unpack),
         Layout("quads_2bit", _quads_2bit_shape, _quads_2bit_pack, _quads_2bit_unpack),
         Layout("tiles_2bit", _tiles_2bit_shape, _tiles_2bit_pack, _tiles_2bit_unpack),
+        Layout("triples_5bit", _triples_5bit_shape, _triples_5bit_pack, _triples_5bit_unpack),
         Layout("quads_signed", _quads_signed_shape, _quads_signed_pack, _quads_signed_unpack),
     )
 }

@@ -115,6 +115,7 @@ def gpu(
 
 X86_V3 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")
 X86_VNNI = (*X86_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
+X86_VBMI = (*X86_VNNI, "avx512vbmi")
 
 
 def x86(
@@ -197,7 +198,7 @@ TARGETS: dict[str, TargetSpec] = {
         # Levels and their flags: https://gitlab.com/x86-psABIs/x86-64-ABI (cpuinfo says abm
         # for lzcnt). Caches: the smallest of Haswell (32 KiB, 256 KiB) and Zen (32, 512).
         x86("x86-avx2", ("avx2",), X86_V3, {"mcpu": "x86-64-v3"}, 256, 32, 256),
-        # Ice Lake, Tiger Lake (48, 512 and more), Zen 4 (32, 1024)
+        # Cascade Lake (32, 1024)
         x86(
             "x86-avx512vnni",
             ("avx512vnni", "avx2"),
@@ -207,12 +208,25 @@ TARGETS: dict[str, TargetSpec] = {
             32,
             512,
         ),
+        # Ice Lake, Tiger Lake (48, 512 and more), Zen 4 (32, 1024)
+        x86(
+            "x86-avx512vbmi",
+            ("avx512vbmi", "avx512vnni", "avx2"),
+            X86_VBMI,
+            {"mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+avx512vbmi"]},
+            512,
+            32,
+            512,
+        ),
         # Sapphire Rapids and later: 48 KiB, 2 MiB
         x86(
             "x86-amx",
-            ("amx", "avx512vnni", "avx2"),
-            (*X86_VNNI, "amx_tile", "amx_int8"),
-            {"mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]},
+            ("amxvbmi", "amx", "avx512vbmi", "avx512vnni", "avx2"),
+            (*X86_VBMI, "amx_tile", "amx_int8"),
+            {
+                "mcpu": "x86-64-v4",
+                "mattr": ["+avx512vnni", "+avx512vbmi", "+amx-tile", "+amx-int8"],
+            },
             512,
             48,
             2048,

@@ -29,6 +29,35 @@ def multiply_add_bytes(unsigned: Expr, signed: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int16x32", "llvm.x86.avx512.pmaddubs.w.512", unsigned, signed)
 
 
+def add_bytes(a: Expr, b: Expr) -> Expr:
+    """vpaddusb, for sums below 256: LLVM re-trees plain additions, which costs registers."""
+    return T.call_llvm_pure_intrin("uint8x64", "llvm.uadd.sat", a, b)
+
+
+def blend_bits(where: int, a: Expr, b: Expr) -> Expr:
+    """vpternlog: the bits of `where` in each byte from a, the others from b. As and, or LLVM finds
+    it for one blend, not for a blend of blends."""
+    mask = T.broadcast(T.uint8(where), LINE)
+    operands = [T.reinterpret("int64x8", operand) for operand in (mask, a, b)]
+    a_or_b = T.int32(0xCA)  # the truth table of mask ? a : b
+    blended = T.call_llvm_pure_intrin(
+        "int64x8", "llvm.x86.avx512.pternlog.q.512", *operands, a_or_b
+    )
+    return T.reinterpret("uint8x64", blended)
+
+
+def permute_bytes(bytes_: Expr, index: Expr) -> Expr:
+    """vpermb (VBMI): out[j] = bytes_[index[j] % 64]."""
+    name = "llvm.x86.avx512.permvar.qi.512"
+    return T.call_llvm_pure_intrin(str(bytes_.ty.dtype), name, bytes_, index)
+
+
+def select_bits(bytes_: Expr, first: Expr) -> Expr:
+    """vpmultishiftqb (VBMI): out[j] = the 8 bits from bit first[j] % 64 on of the 64, cyclic, that
+    byte j belongs to."""
+    return T.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.pmultishift.qb.512", first, bytes_)
+
+
 def repeat(part: Expr) -> Expr:
     """16 or 32 bytes, side by side until the register is full; a broadcast load of memory."""
     while (lanes := 2 * part.ty.dtype.lanes) <= LINE:

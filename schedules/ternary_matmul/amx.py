@@ -76,7 +76,7 @@ def multiply(sums32, codes, tiles, r0, fields: int, ahead: int):
     """sums32[:32, 16 fields :][:32] = two tiles of rows from r0 on times two fields"""
     for tile in SUMS:
         amx.clear(tile)
-    with T.serial(codes.shape[0]) as kk:
+    with T.serial(tiles.shape[1]) as kk:
         if ahead:
             for row in range(amx.ROWS):
                 for i in range(2):

@@ -45,6 +45,22 @@ def quads_signed(p, n, k):
     return (0, 1, None, -1)[bits] if field == 3 else bits - 1
 
 
+def triples_5bit(p, n, k):
+    """Bits of a triple where the kernel looks for them: (byte, bit) of each."""
+    slot = 8 * (n % 16 // 2) + 2 * (n % 64 // 16) + n % 2
+    quad, i = k % 12 // 4, k % 4
+    triple, digit = (quad, i) if i < 3 else (3, quad)
+    triple += 4 * (k % 24 // 12)
+    places = {
+        5: ((0, 5), (0, 6), (0, 7), (1, 6), (1, 7)),
+        6: ((2, 5), (2, 6), (2, 7), (3, 6), (3, 7)),
+        7: ((4, 5), (4, 6), (4, 7), (1, 5), (3, 5)),
+    }.get(triple, [(triple, bit) for bit in range(5)])
+    line = p[n // 64, k // 24]
+    value = sum((int(line[64 * r + slot]) >> bit & 1) << i for i, (r, bit) in enumerate(places))
+    return value // (9, 3, 1)[digit] % 3 - 1
+
+
 ELEMENTS = (
     rows_2bit,
     pair_nibble,
@@ -53,12 +69,14 @@ ELEMENTS = (
     quads_2bit,
     tiles_2bit,
     quads_signed,
+    triples_5bit,
 )
 DEFINITIONS = {f.__name__: f for f in ELEMENTS}
 PADDING = dict.fromkeys(DEFINITIONS, 0b01010101) | {
     "pair_nibble": 4 * 17,
     "tiles_2bit": 0,
     "quads_signed": 0b00010101,
+    "triples_5bit": np.repeat(np.array([173, 109, 173, 77, 173], np.uint8), 64),
 }
 
 

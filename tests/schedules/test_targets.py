@@ -7,6 +7,7 @@ from schedules.targets import TARGETS, CpuTarget, detect_gpu, detect_native, fin
 AVX2_HOST = ["sse2", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"]
 AVX512_HOST = [*AVX2_HOST, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]
 VNNI_HOST = [*AVX512_HOST, "avx512_vnni"]
+VBMI_HOST = [*VNNI_HOST, "avx512vbmi"]
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,8 @@ VNNI_HOST = [*AVX512_HOST, "avx512_vnni"]
         (AVX2_HOST, "x86-avx2"),
         (AVX512_HOST, "x86-avx2"),
         (VNNI_HOST, "x86-avx512vnni"),
-        ([*VNNI_HOST, "amx_tile", "amx_int8"], "x86-amx"),
+        (VBMI_HOST, "x86-avx512vbmi"),
+        ([*VBMI_HOST, "amx_tile", "amx_int8"], "x86-amx"),
     ],
 )
 def test_detect_native(flags, name):
