@@ -56,7 +56,7 @@ def tile(output, codes, qs, totals, m, b, r, height):
     with T.serial(qs.shape[1] // LINE) as at, T.serial(QUADS_A_LINE) as row:
         fields = [T.Bind(avx2.load(codes, at, f, row, 0, lanes=LINE)) for f in range(FIELDS)]
         for j in range(ROWS):
-            activations = T.Bind(quad_of(qs, r + j, QUADS_A_LINE * at + row))
+            activations = T.Bind(quad_of(qs, r + j, 4 * (QUADS_A_LINE * at + row)))
             for f, field in enumerate(fields):
                 so_far = avx2.load(sums, FIELDS * j + f, 0, lanes=GROUP)
                 total = avx512.dot_bytes(so_far, field, activations)
