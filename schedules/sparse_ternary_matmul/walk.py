@@ -29,7 +29,6 @@ from schedules.intrin import threads
 from schedules.intrin.lanes import add, load, prefetch
 
 MAX_TASKS = 64  # that share the columns of a row
-FEW_TASKS = 4  # whose sums one thread adds up in the time of a launch
 LANES = 16
 
 
@@ -58,13 +57,6 @@ class Tiles:
 def finish(output, walk: Walk, sums, row, total, m, b):
     """out[m] of block b from sums[row]"""
     output.store(m, b, walk.block, lambda j, lanes: walk.value(sums, row, j, lanes) - total)
-
-
-def prefetch_output(output):
-    """What the end of a row reads, which one thread does after all columns"""
-    with T.serial(-(-output.n // LANES)) as line:
-        prefetch(output.w_scale, LANES * line)
-        prefetch(output.extra, 0, LANES * line)
 
 
 def finish_shares(output, walk: Walk, sums, totals, tasks, first, last):
@@ -145,8 +137,6 @@ def kernel(n: int, k: int, walk: Walk, tiles: Tiles, most_eighths: int) -> PrimF
                     first = threads.share(groups, task, tasks) * walk.group
                     last = T.min(threads.share(groups, task + 1, tasks) * walk.group, listed)
                     total = T.alloc_buffer((1,), "int32")
-                    if task == 0:
-                        prefetch_output(output)
                     walk_row(
                         walk, sums, task * blocks, total, w, q, index,
                         0, first, last - first, is_listed, 0, blocks,
@@ -154,13 +144,10 @@ def kernel(n: int, k: int, walk: Walk, tiles: Tiles, most_eighths: int) -> PrimF
                     totals[task, 0] = total[0]
                 for task in T.serial(tasks - 1):
                     totals[0, 0] += totals[task + 1, 0]
-                if tasks <= FEW_TASKS:
-                    finish_shares(output, walk, sums, totals, tasks, 0, blocks)
-                else:
-                    for task in T.parallel(tasks):
-                        first = threads.share(blocks, task, tasks)
-                        last = threads.share(blocks, task + 1, tasks)
-                        finish_shares(output, walk, sums, totals, tasks, first, last)
+                for task in T.parallel(tasks):
+                    first = threads.share(blocks, task, tasks)
+                    last = threads.share(blocks, task + 1, tasks)
+                    finish_shares(output, walk, sums, totals, tasks, first, last)
             else:
                 tasks = T.min(threads.count(), blocks)
                 active = T.int64(0)
