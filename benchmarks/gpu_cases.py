@@ -163,21 +163,22 @@ def head(n: int, k: int, m: int) -> Case:
     return Case("head", name, "int8_matmul", (n, k), inputs, 1, expected, read_bytes=read)
 
 
-def norm(k: int, m: int) -> Case:
+def norm(k: int, m: int, quantizer: str = "int4") -> Case:
     def inputs():
         codes = empty(m, k, dtype=torch.int8), empty(m)
         return [floats(m, k), torch.rand(k, device="cuda") + 0.5, *codes]
 
     def expected(arrays):
         h = normed(*arrays[:2])
+        if quantizer == "int8":
+            return list(int8(h))
         beta = (h.abs().double().sum(1) / k).float().clamp_min(1e-5)
         root = torch.tensor(np.float32(np.sqrt(7.0)), device="cuda")
         q = (h * (root / beta)[:, None]).round().clamp(-8, 7)
         return [q.to(torch.int8), beta / root]
 
-    return Case(
-        "rows", f"rms_norm_int4 {k} M={m}", "rms_norm", ("int4", k, EPS), inputs, 2, expected
-    )
+    name = f"rms_norm_{quantizer} {k} M={m}"
+    return Case("rows", name, "rms_norm", (quantizer, k, EPS), inputs, 2, expected)
 
 
 def normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
@@ -193,6 +194,13 @@ def int8(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.to(torch.int8), gamma / limit
 
 
+def masked(h: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT8 absmax of the `keep` largest of a row, ties to the lower index; else 0."""
+    q, scale = int8(h)
+    order = torch.sort(h.abs(), dim=1, descending=True, stable=True).indices[:, :keep]
+    return torch.where(torch.zeros_like(q, dtype=torch.bool).scatter(1, order, True), q, 0), scale
+
+
 def topk(k: int, keep: int, m: int) -> Case:
     def inputs():
         lists = empty(m, k, dtype=torch.int32), empty(m, dtype=torch.int32)
@@ -200,10 +208,7 @@ def topk(k: int, keep: int, m: int) -> Case:
         return [floats(m, k), gain, empty(m, k, dtype=torch.int8), empty(m), *lists]
 
     def expected(arrays):
-        h = normed(*arrays[:2])
-        q, scale = int8(h)
-        order = torch.sort(h.abs(), dim=1, descending=True, stable=True).indices[:, :keep]
-        q = torch.where(torch.zeros_like(q, dtype=torch.bool).scatter(1, order, True), q, 0)
+        q, scale = masked(normed(*arrays[:2]), keep)
         count = (q != 0).sum(1).int()
         listed = torch.arange(k, device="cuda") < count[:, None]
         rising = torch.sort((q == 0).to(torch.uint8), dim=1, stable=True).indices.int()
@@ -211,6 +216,17 @@ def topk(k: int, keep: int, m: int) -> Case:
 
     name = f"topk {keep} of {k} M={m}"
     return Case("rows", name, "rms_norm_topk", (k, keep, EPS), inputs, 4, expected)
+
+
+def mask(k: int, keep: int, m: int) -> Case:
+    """`topk` without its lists."""
+
+    def expected(arrays):
+        return list(masked(normed(*arrays[:2]), keep))
+
+    name, inputs = f"mask {keep} of {k} M={m}", topk(k, keep, m).inputs
+    args = k, keep, EPS
+    return Case("rows", name, "rms_norm_mask", args, lambda: inputs()[:4], 2, expected)
 
 
 def rope(m: int) -> Case:
@@ -345,9 +361,12 @@ def cases(target: GpuTarget) -> Iterator[Case]:
         yield rope(m)
         yield topk(2560, 1280, m)
         yield append(m)
+    yield mask(2560, 1280, 2048)
     yield norm(6912, 1)
+    yield norm(6912, 2048, "int8")
     yield topk(6912, 6912, 1)
     yield attention(1, 512)
     yield attention(1, 4096)
     yield attention(256, 512)
+    yield attention(256, 2048)
     yield attention(2048, 2048)

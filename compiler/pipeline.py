@@ -15,6 +15,7 @@ from compiler.passes.add_sampler import add_sampler
 from compiler.passes.bound_rows import bound_rows
 from compiler.passes.capture_decode import capture_decode
 from compiler.passes.drop_checks import drop_checks
+from compiler.passes.drop_unread_lists import drop_unread_lists
 from compiler.passes.dump_ir import dump_ir
 from compiler.passes.fuse_one_row import fuse_one_row
 from compiler.passes.launch_early import launch_early
@@ -46,6 +47,7 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         probe_sparsity,
         specialize_one_row,
         fuse_one_row,
+        drop_unread_lists,
         add_sampler,
         transform.DeadCodeElimination(),
         *dump("1-specialized"),

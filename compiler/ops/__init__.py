@@ -12,12 +12,14 @@ from compiler.ops.int8_matmul import int8_matmul
 from compiler.ops.kv_append import kv_append
 from compiler.ops.norm_matmul import norm_glu_matmul, norm_matmul, norm_residual_matmul
 from compiler.ops.rms_norm import rms_norm, rms_norm_fp4, rms_norm_int4, rms_norm_int8
+from compiler.ops.rms_norm_mask import rms_norm_mask_int8
 from compiler.ops.rms_norm_topk import rms_norm_topk_int8
 from compiler.ops.rope import rope
 from compiler.ops.rope_attention import rope_attention
 from compiler.ops.sparse_ternary_matmul import sparse_ternary_matmul
 from compiler.ops.ternary_glu_matmul import ternary_glu_matmul
 from compiler.ops.ternary_matmul import ternary_matmul
+from compiler.ops.ternary_residual_matmul import ternary_residual_matmul
 
 OPS: dict[str, OpDef] = {
     op.name: op
@@ -42,6 +44,8 @@ OPS: dict[str, OpDef] = {
         norm_glu_matmul,
         norm_residual_matmul,
         rope_attention,
+        rms_norm_mask_int8,
+        ternary_residual_matmul,
     )
 }
 

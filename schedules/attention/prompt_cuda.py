@@ -2,22 +2,24 @@
 
     for kv_head, m0, z in Hkv, M/R, Z:               blockIdx; the longest contexts first
         for run in rows of one slot, every Z-th:     mostly one
-            q8[128, D] = quantize(q)                 shared; 128 = R rows of each of G heads
+            q8[64, D] = quantize(q)                  shared; 64 = R rows of each of G heads
             for b in blocks of 64 positions:
                 raw(b + 2) -> shared                 cp.async
-                k[64, D], v[D, 64] = levels(b + 1)   shared, bytes, unpacked once for 128 queries
-                dots[16, 64] = q8 . k(b)             a warp; mma m16n8k32, s8
+                k[64, D], v[D, 64] = levels(b + 1)   shared, bytes, unpacked once for 64 queries
+                dots[64, 8] = k(b) . q8              a warp; mma m16n8k32, s8
                 p, unit, o, total = softmax step     float64 in registers (softmax_cuda.py)
-                o[16, D] += (p . v(b)) * unit        mma m16n8k32, u8 by s8
+                o[D, 8] += (v(b) . p) * unit         mma m16n8k32, s8 by u8
             y = o / total
 
-    tile | value              | bound by
-    128  | queries            | registers: o is D/2 float64 a lane, eight warps
-    64   | positions          | the definition: those that share a unit
+    tile | value               | bound by
+    8    | queries of a warp   | registers: o is D/4 float64 a lane, 204 in all
+    64   | queries of a block  | registers: eight warps a multiprocessor. Twice as many of 128 spill
+         |                     | and take as long (docs/log.md)
+    64   | positions           | the definition: those that share a unit
     Z    | 1024 / M, at most R | a step of many slots: a block for each run
 
-Fragments have positions 2c, 2c + 1 of 8 in a lane, operands 4c .. 4c + 3 of 16: keys are read in
-an order in which both are the same positions, so p goes from one product to the other in its lane.
+Queries are the 8 columns of both products, so a lane holds few of them, and their bytes p are
+transposed between the two (unpack_cuda.py says in which order positions lie).
 """
 
 from dataclasses import dataclass
@@ -27,14 +29,20 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from schedules.attention.softmax_cuda import DOT_BIAS, KEYS, SCALE_BYTES, SUM_BIAS, Softmax
-from schedules.attention.unpack_cuda import Packed, unpack_bos, unpack_keys, unpack_values
+from schedules.attention.softmax_cuda import KEYS, SCALE_BYTES, Softmax
+from schedules.attention.unpack_cuda import (
+    Packed,
+    key_row,
+    unpack_bos,
+    unpack_keys,
+    unpack_values,
+)
 from schedules.intrin import cuda
 from schedules.rms_norm.generic import SMALLEST_STAT, int8_code, int8_factor, int8_scale
 
 WARPS = 8
 THREADS = WARPS * cuda.WARP
-WARP_ROWS = 16
+WARP_ROWS = 8
 ROWS = WARPS * WARP_ROWS
 FEWEST = 17  # rows of a step for which this form is taken
 SHARED_RUNS = 1024  # rows of a step up to which several blocks share a tile's runs
@@ -74,7 +82,7 @@ class Form:
     @property
     def key_bytes(self) -> int:
         """Of an unpacked block, before its values."""
-        return KEYS * self.pitch
+        return key_row(KEYS, self.pitch)
 
     @property
     def level_bytes(self) -> int:
@@ -121,8 +129,10 @@ class Tile:
         self.raw = T.bind(self.blocks + T.uint32(2 * form.block_bytes))
         self.softmax = Softmax(form.dim, lane, self.t, THREADS)
         self.factor = cuda.shared("float64", ROWS)
-        self.starts = cuda.shared("int32", form.tile_rows + 1)
-        self.fragment = cuda.local("uint32", 12)  # a of two steps, b of two
+        # Too large for the memory of a scan: TVM would share it and then want a barrier
+        self.starts = cuda.shared("int32", ROWS + 1)
+        self.fragment = cuda.local("uint32", 4)  # of keys, of values
+        self.query = cuda.local("uint32", form.dim // 16)
         self.sums = cuda.local("uint32", 4)
 
     def find_runs(self) -> Expr:
@@ -181,6 +191,10 @@ class Tile:
         self._multiply_values(values)
         self._store_scales(b + 1, scale)
 
+    def _query(self, row: int) -> Expr:
+        """Of the tile, the lane's first or second."""
+        return T.bind(self.warp * WARP_ROWS + self.lane % 4 * 2 + row)
+
     def _row(self, i: Expr) -> tuple[Expr, Expr]:
         """(row of M, first column in qkv and y) of the tile's query i."""
         head = self.kv_head * self.form.group + i % self.form.group
@@ -219,13 +233,16 @@ class Tile:
         cuda.sync()
 
     def _start_rows(self, begin: Expr, end: Expr) -> None:
-        for half in range(2):
-            i = T.bind(self.warp * WARP_ROWS + self.lane // 4 + 8 * half)
+        factors, seen = [], []
+        for row in range(2):
+            i = self._query(row)
             m, _ = self._row(i)
             position = T.if_then_else(
                 self._is_inside(i, begin, end), self.arrays.positions[m], T.int64(-1)
             )
-            self.softmax.start(half, self.factor[i], T.cast(position + 1, "int32"))
+            factors.append(T.bind(self.factor[i]))
+            seen.append(T.bind(T.cast(position + 1, "int32")))
+        self.softmax.start(factors, seen)
 
     def _copy(self, b: Expr, blocks: Expr) -> None:
         """A block of packed keys and values to its stage; nothing past the last block."""
@@ -256,7 +273,7 @@ class Tile:
         form, packed = self.form, self.form.packed
         stage = T.bind(self.raw + T.cast(b % STAGES * form.raw_bytes, "uint32"))
         keys, values = self._block(b)
-        unpack_keys(packed, stage, keys, form.pitch, self.t)
+        unpack_keys(packed, stage, keys, form.pitch, self.t, THREADS)
         rows = T.bind(stage + T.uint32(packed.block_bytes))
         unpack_values(packed, rows, values, VALUE_PITCH, self.t)
 
@@ -272,52 +289,45 @@ class Tile:
             self.softmax.store_scale(self._scales(b), self.t, scale)
 
     def _multiply_keys(self, keys: Expr) -> None:
-        """dots[16, 64] of the warp; tile j of 8 keys: 16 (j / 2) + 2 (j % 2) + 0, 1 of each 4."""
+        """dots[64, 8] of the warp; tile j has every lane's keys 2j, 2j + 1."""
         pitch, lane, dots = self.form.pitch, self.lane, self.softmax.dots
-        query = T.cast((self.warp * WARP_ROWS + lane % 16) * pitch + lane // 16 * 16, "uint32")
-        query = T.bind(self.queries + query)
-        key = lane % 8 // 2 * 4 + lane % 2
-        key = T.bind(keys + T.cast(key * pitch + lane // 8 * 16, "uint32"))
-        fragment = [self.fragment[i] for i in range(12)]
-        with cuda.unrolled(32) as i:
-            cuda.store(dots, T.uint32(DOT_BIAS), i)
-        with cuda.unrolled(self.form.dim // 64) as step:
-            for half in range(2):
-                at = query + T.cast(64 * step + 32 * half, "uint32")
-                cuda.load_matrices(self.fragment, 4 * half, at)
-            with cuda.unrolled(KEYS // 8) as j:
-                row = j // 2 * 16 + j % 2 * 2
-                at = key + T.cast(row * pitch + 64 * step, "uint32")
-                cuda.load_matrices(self.fragment, 8, at)
-                for half in range(2):
-                    a, b = fragment[4 * half : 4 * half + 4], fragment[8 + 2 * half : 10 + 2 * half]
-                    cuda.multiply(dots, 4 * j, a, b)
+        at = T.cast((self.warp * WARP_ROWS + lane % 8) * pitch + lane // 8 * 16, "uint32")
+        query = T.bind(self.queries + at)
+        for i in range(self.form.dim // 64):
+            cuda.load_matrices(self.query, 4 * i, query + T.uint32(64 * i))
+        key = T.bind(keys + T.cast(key_row(lane % 16, pitch) + lane // 16 * 16, "uint32"))
+        a = [self.fragment[i] for i in range(4)]
+        with cuda.unrolled(KEYS // 16) as j:
+            for step in range(self.form.dim // 32):
+                at = key + T.cast(key_row(16, pitch) * j + 32 * step, "uint32")
+                cuda.load_matrices(self.fragment, 0, at)
+                b = self.query[2 * step], self.query[2 * step + 1]
+                cuda.multiply(dots, 4 * j, a, b, is_first=step == 0)
 
     def _multiply_values(self, values: Expr) -> None:
-        """o[16, D] of the warp += p[16, 64] . v[64, D], 8 columns at a time."""
-        lane, p = self.lane, [self.softmax.p[i] for i in range(8)]
-        value = T.cast(lane % 8 * VALUE_PITCH + lane // 8 * 16, "uint32")
+        """o[D, 8] of the warp += v[D, 64] . p[64, 8], 16 columns at a time."""
+        lane, p = self.lane, self.softmax.p
+        value = T.cast(lane % 16 * VALUE_PITCH + lane // 16 * 16, "uint32")
         value = T.bind(values + value)
-        b = [self.fragment[i] for i in range(4)]
-        with cuda.unrolled(self.form.dim // 8) as j:
-            cuda.load_matrices(self.fragment, 0, value + T.cast(j * (8 * VALUE_PITCH), "uint32"))
-            for i in range(4):
-                cuda.store(self.sums, T.uint32(SUM_BIAS), i)
-            for half in range(2):
-                a, columns = p[4 * half : 4 * half + 4], b[2 * half : 2 * half + 2]
-                cuda.multiply(self.sums, 0, a, columns, dtype="u8")
+        a = [self.fragment[i] for i in range(4)]
+        with cuda.unrolled(self.form.dim // 16) as j:
+            for step in range(2):
+                at = value + T.cast(j * (16 * VALUE_PITCH) + 32 * step, "uint32")
+                cuda.load_matrices(self.fragment, 0, at)
+                b = p[2 * step], p[2 * step + 1]
+                cuda.multiply(self.sums, 0, a, b, b_dtype="u8", is_first=step == 0)
             self.softmax.add(self.sums, j)
 
     def _write(self, begin: Expr, end: Expr) -> None:
         softmax = self.softmax
-        for half in range(2):
-            i = T.bind(self.warp * WARP_ROWS + self.lane // 4 + 8 * half)
+        for row in range(2):
+            i = self._query(row)
             m, first = self._row(i)
-            inverse = softmax.inverse_total(half)
+            inverse = softmax.inverse_total(row)
             with cuda.when(self._is_inside(i, begin, end)):
-                with cuda.unrolled(self.form.dim // 4) as j:
-                    value = softmax.o[softmax.sum_index(j, half)] * inverse
-                    column = first + j // 2 * 8 + self.lane % 4 * 2 + j % 2
+                with cuda.unrolled(self.form.dim // 8) as j:
+                    value = softmax.o[softmax.index(j, row)] * inverse
+                    column = first + 8 * j + self.lane // 4
                     cuda.store(self.arrays.y, T.cast(value, "float32"), m, column)
 
 

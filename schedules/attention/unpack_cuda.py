@@ -1,9 +1,12 @@
 """A block of 64 packed keys or values into levels, bytes in shared memory that `ldmatrix` reads.
 
-    keys     row t: D bytes                  a thread a quarter of a row
-    values   row d: 64 bytes, transposed     a thread 4 positions of 4 D/64 columns
+    keys     row 8 (t % 8) + t / 8: D bytes      a thread two words of every field
+    values   row d: 64 bytes, transposed         a thread 4 positions of 4 D/64 columns
 
-Both come as the cache has them: fields (docs/architecture.md, "KV cache") of words.
+Both come as the cache has them: fields (docs/architecture.md, "KV cache") of words. A lane of the
+scores' product then has 8 neighbouring positions, 8 g on for lanes 4 g .. 4 g + 3, whose bytes
+reach the values' product by `transpose_matrix`: byte 16 j + 4 c + 2 e + i of a value's row is that
+of position 16 c + 8 e + 2 j + i.
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from schedules.intrin import cuda
 ONES = 0x01010101
 SIGNS = 0x80808080
 QUADS = KEYS // 4
+GROUP_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,19 @@ def store_word(address: Expr, word: Expr) -> None:
     cuda.ptx("st.shared.b32", address, word)
 
 
-def unpack_keys(packed: Packed, source: Expr, to: Expr, pitch: int, t: Expr) -> None:
-    """256 threads; 64 rows at `source` -> rows of `pitch` bytes at `to`."""
-    position, part = t // 4, t % 4
-    row = T.bind(source + T.cast(position * packed.row_bytes, "uint32"))
-    for i in range(packed.words // 4):
-        word = T.bind(part * (packed.words // 4) + i)
-        low, high = packed.load(row, word)
+def key_row(row: Expr | int, pitch: int) -> Expr | int:
+    """Where a row of keys begins: a group of 8 rows 32 bytes further on, for the banks."""
+    return row * pitch + row // 8 * GROUP_BYTES
+
+
+def unpack_keys(packed: Packed, source: Expr, to: Expr, pitch: int, t: Expr, threads: int) -> None:
+    """64 rows at `source` -> rows of `pitch` bytes at `to`."""
+    with cuda.strided(KEYS * packed.words, t, threads) as i:
+        position, word = T.bind(i // packed.words), T.bind(i % packed.words)
+        low, high = packed.load(source + T.cast(position * packed.row_bytes, "uint32"), word)
+        row = T.bind(key_row(position % 8 * 8 + position // 8, pitch) + 4 * word)
         for f in range(packed.fields):
-            at = position * pitch + 4 * (word + packed.words * f)
+            at = row + 4 * packed.words * f
             store_word(to + T.cast(at, "uint32"), packed.levels(low, high, f))
 
 
@@ -105,9 +113,10 @@ def unpack_values(packed: Packed, source: Expr, to: Expr, pitch: int, t: Expr) -
     """256 threads; 64 rows at `source` -> D rows of `pitch` bytes at `to`, one a column."""
     units = QUADS * packed.words
     word, quad = T.bind(t % units % packed.words), T.bind(t % units // packed.words)
-    rows = source + T.cast(quad * (4 * packed.row_bytes), "uint32")
+    first = quad % 4 * 16 + quad // 4 * 2
+    rows = T.bind(source + T.cast(first * packed.row_bytes, "uint32"))
     planes = [
-        packed.load(rows + T.uint32(packed.row_bytes * position), word) for position in range(4)
+        packed.load(rows + T.uint32(packed.row_bytes * position), word) for position in (0, 1, 8, 9)
     ]
     for i in range(packed.dim // 64):
         f = T.bind(t // units * (packed.dim // 64) + i)

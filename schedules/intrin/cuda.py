@@ -131,6 +131,14 @@ def warp_count(value: Expr) -> Expr:
     return T.bind(T.reinterpret("int32", T.bind(total)))
 
 
+def warp_any(condition: Expr) -> Expr:
+    """Whether it holds in any lane; all of them then branch alike."""
+    found = T.call_pure_extern(
+        "int32", "__any_sync", T.uint32(FULL_MASK), T.cast(condition, "int32")
+    )
+    return T.bind(found) != 0
+
+
 def shuffle(value: Expr, lane: Expr | int) -> Expr:
     """The value that `lane` has."""
     return T.tvm_warp_shuffle(T.uint32(FULL_MASK), value, lane, WARP, WARP)
@@ -303,11 +311,38 @@ def load_matrices(registers: Buffer, first: int, address: Expr) -> None:
 
 
 def multiply(
-    acc: Buffer, first: Expr | int, a: Sequence[Expr], b: Sequence[Expr], dtype: str = "s8"
+    acc: Buffer,
+    first: Expr | int,
+    a: Sequence[Expr],
+    b: Sequence[Expr],
+    b_dtype: str = "s8",
+    is_first: bool = False,
 ) -> None:
-    """acc[first : first + 4] += a . b: 16 x 32 bytes, signed or unsigned, times 32 x 8 signed."""
-    c = [acc[first + i] for i in range(4)]
-    ptx(f"mma.sync.aligned.m16n8k32.row.col.s32.{dtype}.s8.s32", *c, *a, *b, *c)
+    """acc[first : first + 4] += a . b: 16 x 32 signed bytes times 32 x 8, signed or unsigned.
+
+    `is_first`: = in place of +=.
+    """
+    d = [acc[first + i] for i in range(4)]
+    c = [T.uint32(0)] * 4 if is_first else d
+    ptx(f"mma.sync.aligned.m16n8k32.row.col.s32.s8.{b_dtype}.s32", *d, *a, *b, *c)
+
+
+def transpose_matrix(word: Expr) -> Expr:
+    """Of an 8 x 8 matrix of 16 bits, two neighbours of row l / 4 in lane l's word."""
+    turned = local("uint32", 1)
+    ptx("movmatrix.sync.aligned.m8n8.trans.b16", turned[0], word)
+    return turned[0]
+
+
+def reciprocal(value: Expr) -> Expr:
+    """1 / value within two ulp, of a normal float64 whose inverse is one."""
+    inverse = local("float64", 1)
+    ptx("rcp.approx.ftz.f64", inverse[0], value)
+    for _ in range(2):  # 20 bits, 40, all
+        error = T.call_pure_extern("float64", "fma", -value, inverse[0], float64(1))
+        better = T.call_pure_extern("float64", "fma", inverse[0], T.bind(error), inverse[0])
+        store(inverse, better, 0)
+    return T.bind(inverse[0])
 
 
 def multiply_int4(acc: Buffer, first: int, a: Sequence[Expr], b: Sequence[Expr]) -> None:

@@ -94,11 +94,16 @@ CASES = {
         Case("rms_norm_int8", NORM, {"eps": 1e-5}),
         Case("rms_norm_fp4", NORM, {"eps": 1e-5}),
         Case("rms_norm_topk_int8", NORM, {"eps": 1e-5, "k": 24}),
+        Case("rms_norm_mask_int8", NORM, {"eps": 1e-5, "k": 24}),
         Case("ternary_matmul", QUANTIZED | WEIGHT, {"act_bits": 4}),
         Case(
             "ternary_glu_matmul",
             QUANTIZED | WEIGHT | {"gate": ("float32", (M, 64))},
             {"act_bits": 4},
+        ),
+        Case(
+            "ternary_residual_matmul",
+            QUANTIZED | WEIGHT | {"residual": ("float32", (M, 64))},
         ),
         Case(
             "sparse_ternary_matmul",

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tvm import relax
 
 from schedules.layouts import LAYOUTS
+from schedules.targets import TARGETS
 from tests.schedules.compiled import NATIVE_TARGETS, every_gpu, every_target, params
 from tests.schedules.matmul_reference import (
     KINDS,
@@ -84,6 +85,19 @@ def test_glu(target, act_bits, n, k):
         g = np.maximum(gate, np.float32(0))
         expected = (g * g) * (exact_sum(q, w) * (scale[:, None] * w_scale))
         np.testing.assert_array_equal(run((q, scale), w, w_scale, gate), expected)
+
+
+@pytest.mark.parametrize("target", params([TARGETS["cuda-sm90"]]))
+def test_residual(target):
+    """The epilogue of `sparse_ternary_matmul` without its list, where the compiler asks for it."""
+    n, k = 130, 272
+    run, w = ternary_matmul(target, n, k, 8, "residual"), weights("random", n, k)
+    for m in (1, 5, 33, 300):
+        q, (scale, w_scale) = activations("random", m, k, 8, seed=m), scales(m, n)
+        residual = np.random.default_rng(m).standard_normal((m, n)).astype(np.float32)
+        product = exact_sum(q, w).astype(np.float64) * (scale[:, None] * w_scale)
+        found = run((q, scale), w, w_scale, residual)
+        np.testing.assert_array_equal(found, (residual + product).astype(np.float32))
 
 
 @pytest.mark.parametrize("target", params(every_gpu("ternary_matmul")))
