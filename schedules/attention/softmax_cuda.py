@@ -269,8 +269,8 @@ class Softmax:
             pairs = []
             for row in range(ROWS):
                 p = [self._byte(self.w[self.index(2 * j + i, row)], factors[row]) for i in range(2)]
-                pairs.append(T.bind(cuda.byte_permute(*p, 0x40)))
-            word = T.bind(cuda.byte_permute(*pairs, 0x5410))
+                pairs.append(T.bind(cuda.byte_permute(p[0], p[1], 0x40)))
+            word = T.bind(cuda.byte_permute(pairs[0], pairs[1], 0x5410))
             cuda.store(self.p, cuda.transpose_matrix(word), j)
 
     @staticmethod
