@@ -23,6 +23,10 @@ the sum of q to a group: taken off once a row, where the scales are read.
     PREFETCH | 2048       | bytes ahead in a stream, over the end of a page, where they stop: knob
     PAIR     | 2          | codes of a row are unpacked once for ROWS of q
     ROWS     | 2, 4       | PAIR * ROWS sums, codes of a block: 16 registers, 32
+
+Measured: Sapphire Rapids class Xeon, 2 cores, 2026-11-22, 128256 x 2560 at 6 bits, cold, two
+threads, share of a plain read of the same bytes (23 GB/s): AVX-512 VNNI 0.98, AVX2 0.87; at 4 bits,
+AVX-512 VNNI 0.93.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,9 @@
     wide       | 4     | as ternary_matmul
     l2_eighths | 4     | as ternary_matmul
 
-MEASURED
+Measured: Sapphire Rapids class Xeon, 2 cores, 2026-11-22, 2560 x 6912, cold, two threads, medians
+of interleaved calls, us at 84, 92 % zeros: 98, 58 (ahead 0 149, 76; split by outputs, without
+prefetching, 191, 99).
 """
 
 from functools import partial
