@@ -9,8 +9,8 @@
     l2_eighths | 4     | as ternary_matmul
 
 Measured: Sapphire Rapids class Xeon, 2 cores, 2026-11-22, 2560 x 6912, cold, two threads, medians
-of interleaved calls, us at 84, 92 % zeros: 98, 58 (ahead 0 149, 76; split by outputs, without
-prefetching, 191, 99).
+of interleaved calls, us at 50, 84, 92 % zeros: 249, 91, 52 (split by outputs, without prefetching,
+384, 182, 95; ahead 0 between them).
 """
 
 from functools import partial

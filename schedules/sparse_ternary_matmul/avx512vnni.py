@@ -24,8 +24,9 @@ ternary_matmul/avx512vnni.py. The layout orders bytes so that quads come out in 
 
 |sum| <= 255 * 128 K in a walk: 32 bits hold it for K < 2**16.
 Measured: Sapphire Rapids class Xeon, 2 cores, 2026-11-22, 2560 x 6912, cold, two threads, medians
-of interleaved calls, us at 84, 92 % zeros: 81, 47, against 232 of the dense kernel (ahead 0 half as
-long again; 1 and 4 as 2; split by outputs 101, 52). 128 rows, 84 % zeros: 3.7 ms (avx2.py 10.4).
+of interleaved calls, us at 50, 84, 92 % zeros: 201, 73, 44, against 211 of the dense kernel (split
+by outputs 216, 92, 49; ahead 0 half as long again; 1 and 4 as 2). 128 rows, 84 % zeros: 3.7 ms
+(avx2.py 10.4).
 """
 
 from collections.abc import Callable
