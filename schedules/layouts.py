@@ -8,6 +8,8 @@
     columns_256  | (K, ceil(N/256), 64)     | bits 2f.. of byte 16l+4i+e
                  |                          | = w[256b+64f+16i+4l+e, k] + 1, i, l, e < 4
     quads_2bit   | (ceil(N/64), Q, 64)      | bits 2f.. of byte 4j+i = w[64b+16f+j, 4q+i] + 1
+    rows_256     | (64 ceil(N/64),          | bits 2f.. of byte j = w[n, 256c + 64f + j] + 1
+                 |  ceil(K/256), 64)        |
     tiles_2bit   | (ceil(N/16),             | bits 2i.. of byte 64g + 16t + 8v + 4h + j
                  |  ceil(K/128), 512)       | = w[16a + 8h + g, 128c + 64v + 16i + 4t + j] & 3
     quads_signed | (ceil(N/32), S, 32)      | bits 2f.. of byte 16h+4r+i = w[n, 4p+i] + 1 for row
@@ -172,6 +174,21 @@ def _quads_2bit_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
     return code.reshape(64 * blocks, 4 * quads)[:n, :k].astype(np.int8) - np.int8(1)
 
 
+def _rows_256_shape(n: int, k: int) -> tuple[int, ...]:
+    return -(-n // 64) * 64, -(-k // 256), 64
+
+
+def _rows_256_pack(w: np.ndarray) -> np.ndarray:
+    n, chunks, _ = _rows_256_shape(*w.shape)
+    field = _padded(w, 64, 256 * chunks).reshape(n, chunks, 4, 64)
+    return field[:, :, 0] | field[:, :, 1] << 2 | field[:, :, 2] << 4 | field[:, :, 3] << 6
+
+
+def _rows_256_unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    code = np.stack([packed >> (2 * f) & 3 for f in range(4)], axis=2)
+    return code.reshape(packed.shape[0], -1)[:n, :k].astype(np.int8) - np.int8(1)
+
+
 def _quads_signed_shape(n: int, k: int) -> tuple[int, ...]:
     return -(-n // 32), -(-k // 16) * 4, 32
 
@@ -242,6 +259,7 @@ LAYOUTS = {
         Layout("columns_2bit", _columns_2bit_shape, _columns_2bit_pack, _columns_2bit_unpack),
         Layout("columns_256", _columns_256_shape, _columns_256_pack, _columns_256_unpack),
         Layout("quads_2bit", _quads_2bit_shape, _quads_2bit_pack, _quads_2bit_unpack),
+        Layout("rows_256", _rows_256_shape, _rows_256_pack, _rows_256_unpack),
         Layout("tiles_2bit", _tiles_2bit_shape, _tiles_2bit_pack, _tiles_2bit_unpack),
         Layout("triples_5bit", _triples_5bit_shape, _triples_5bit_pack, _triples_5bit_unpack),
         Layout("quads_signed", _quads_signed_shape, _quads_signed_pack, _quads_signed_unpack),

@@ -28,5 +28,5 @@ ternary_glu_matmul = OpDef(
         size("N"), size("K"), static["act_bits"], target, epilogue="glu"
     ),
     weight="w",
-    layout=lambda schedule, static: schedule.layout(static["act_bits"]),
+    layout=lambda schedule, static: schedule.layout(static["act_bits"], "glu"),
 )

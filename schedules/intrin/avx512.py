@@ -80,13 +80,67 @@ def biased(signed: Expr) -> Expr:
 
 
 def interleave(a: Expr, b: Expr, unit: int) -> tuple[Expr, Expr]:
-    """vpunpckl and vpunpckh of bytes (unit 1) or words (2): a[0], b[0], a[1], b[1], ... of the
-    lower and of the upper half of each 128-bit lane."""
-    lanes, eight = LINE // unit, 16 // unit // 2
-    starts = [range(lane, lanes, 2 * eight) for lane in (0, eight)]
+    """vpunpckl and vpunpckh of elements of `unit` bytes: a[0], b[0], a[1], b[1], ... of the lower
+    and of the upper half of each 128-bit lane."""
+    lanes, half = LINE // unit, 16 // unit // 2
+    starts = [range(lane, lanes, 2 * half) for lane in (0, half)]
     return tuple(
-        T.Shuffle([a, b], [i for s in half for j in range(s, s + eight) for i in (j, lanes + j)])
-        for half in starts
+        T.Shuffle([a, b], [i for s in part for j in range(s, s + half) for i in (j, lanes + j)])
+        for part in starts
+    )
+
+
+def even_and_odd(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """vshufi32x4: 128-bit lanes 0 and 2 of a, then of b; and lanes 1 and 3 of both."""
+    quarters = [range(4 * q, 4 * q + 4) for q in range(8)]
+    return tuple(
+        T.Shuffle([a, b], [i for q in (odd, odd + 2, odd + 4, odd + 6) for i in quarters[q]])
+        for odd in (0, 1)
+    )
+
+
+def transpose(rows: list[Expr]) -> list[Expr]:
+    """Sixteen registers of 64 bytes -> sixteen: 32 bits j of result i are 32 bits i of rows[j]."""
+    fours = []  # [group of four rows][column of a lane]: that column of each lane, four rows of it
+    for i in range(0, 16, 4):
+        quads = [T.Bind(T.reinterpret("int32x16", row)) for row in rows[i : i + 4]]
+        low, high = (interleave(quads[j], quads[j + 1], 4) for j in (0, 2))
+        pairs = [
+            [T.Bind(T.reinterpret("int64x8", T.Bind(half))) for half in both]
+            for both in zip(low, high, strict=True)
+        ]
+        columns = [T.Bind(column) for pair in pairs for column in interleave(pair[0], pair[1], 8)]
+        fours.append([T.Bind(T.reinterpret("int32x16", column)) for column in columns])
+    found = [None] * 16
+    for column in range(4):
+        # lanes 0 and 2, or 1 and 3, of rows 0 to 7, and of rows 8 to 15
+        halves = [
+            [T.Bind(part) for part in even_and_odd(fours[i][column], fours[i + 1][column])]
+            for i in (0, 2)
+        ]
+        for odd, both in enumerate(zip(*halves, strict=True)):
+            for pair, line in enumerate(even_and_odd(*both)):
+                found[4 * (odd + 2 * pair) + column] = T.Bind(T.reinterpret("uint8x64", line))
+    return found
+
+
+def sum_four(vectors: list[Expr]) -> Expr:
+    """int32x4: the sum of all lanes of each of four int32x16."""
+    pairs = [
+        T.Bind(T.reinterpret("int64x8", sum(interleave(vectors[i], vectors[i + 1], 4))))
+        for i in (0, 2)
+    ]
+    low, high = (T.reinterpret("int32x16", half) for half in interleave(pairs[0], pairs[1], 8))
+    lanes = T.Bind(low + high)
+    eight = T.Bind(sum(avx2.halves(lanes, "int32x8")))
+    return sum(avx2.halves(eight, "int32x4"))
+
+
+def compress(values: Expr, mask: Expr) -> Expr:
+    """vpcompressd: those lanes of an int32x16 for which the mask holds, then zeros."""
+    zeros = T.broadcast(T.int32(0), 16)
+    return T.call_llvm_pure_intrin(
+        "int32x16", "llvm.experimental.vector.compress", values, mask, zeros
     )
 
 

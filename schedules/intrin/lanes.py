@@ -26,7 +26,8 @@ def like(dtype: str, lanes: int) -> str:
 
 
 def splat(dtype: str, value: int, lanes: int) -> Expr:
-    return T.broadcast(T.cast(T.int32(value), dtype), lanes)
+    one = T.cast(T.int32(value), dtype)
+    return T.broadcast(one, lanes) if lanes > 1 else one
 
 
 def clear(buffer, count: int, dtype: str, lanes: int) -> None:

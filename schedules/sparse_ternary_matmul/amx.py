@@ -22,7 +22,7 @@ from schedules.sparse_ternary_matmul.avx512vnni import BLOCK, GROUPS, LANES
 from schedules.sparse_ternary_matmul.walk import Tiles
 from schedules.targets import CpuTarget
 from schedules.ternary_matmul.amx import ACTIVATIONS, CODES, HEIGHT, SUMS
-from schedules.ternary_matmul.avx512vnni import tile_height
+from schedules.ternary_matmul.quads_avx512 import tile_height
 
 TILED_ROWS = amx.ROWS
 KNOBS = avx512vnni.WALK_KNOBS

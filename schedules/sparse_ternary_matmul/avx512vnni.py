@@ -41,13 +41,13 @@ from schedules.layouts import num_quads
 from schedules.sparse_ternary_matmul import walk
 from schedules.sparse_ternary_matmul.walk import Tiles, Walk
 from schedules.targets import CpuTarget
-from schedules.ternary_matmul.avx512vnni import (
-    copy_row,
+from schedules.ternary_matmul.quads_avx512 import (
     masks,
     quad_of,
     sum_row,
     tile_height,
 )
+from schedules.ternary_matmul.rows_x86 import copy_row
 
 BLOCK = 256  # outputs in a block of the layout
 FIELDS = 4

@@ -50,7 +50,7 @@ BUSY_WARPS = 32  # of a multiprocessor
 KNOBS = {"chunks_a_warp": (0, 2, 3, 5, 8), "tiles_a_block": (0, 1, 2, 4)}
 
 
-def layout(act_bits: int) -> str:
+def layout(act_bits: int, epilogue: str = "scale") -> str:
     return "tiles_2bit"
 
 

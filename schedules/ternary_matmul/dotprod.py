@@ -8,7 +8,7 @@ from schedules.ternary_matmul import quads_neon, tiles_neon
 KNOBS = tiles_neon.KNOBS
 
 
-def layout(act_bits: int) -> str:
+def layout(act_bits: int, epilogue: str = "scale") -> str:
     return "quads_signed"
 
 

@@ -19,7 +19,7 @@ from schedules.epilogue import EPILOGUES
 from schedules.targets import CpuTarget
 
 
-def layout(act_bits: int) -> str:
+def layout(act_bits: int, epilogue: str = "scale") -> str:
     return "rows_2bit"
 
 

@@ -14,7 +14,7 @@ from schedules.ternary_matmul import columns_neon, lookup_neon, tiles_neon
 KNOBS = {"wide": (2, 4, 1), "tiled": (4, 2, 3), "l2_eighths": (4, 2, 8)}
 
 
-def layout(act_bits: int) -> str:
+def layout(act_bits: int, epilogue: str = "scale") -> str:
     return "pair_nibble" if act_bits == 4 else "columns_2bit"
 
 

@@ -105,7 +105,7 @@ class Ternary:
 
 @lru_cache(4)  # a compiled kernel holds megabytes
 def ternary_matmul(target: TargetSpec, n: int, k: int, act_bits: int, epilogue: str) -> Ternary:
-    return Ternary("ternary_matmul", target, n, k, (act_bits,), (act_bits,), (epilogue,))
+    return Ternary("ternary_matmul", target, n, k, (act_bits, epilogue), (act_bits,), (epilogue,))
 
 
 @lru_cache(4)  # a compiled kernel holds megabytes

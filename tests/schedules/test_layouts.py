@@ -34,6 +34,10 @@ def quads_2bit(p, n, k):
     return (int(p[n // 64, k // 4, n % 16 * 4 + k % 4]) >> 2 * (n % 64 // 16) & 3) - 1
 
 
+def rows_256(p, n, k):
+    return (int(p[n, k // 256, k % 64]) >> 2 * (k % 256 // 64) & 3) - 1
+
+
 def tiles_2bit(p, n, k):
     byte = 64 * (n % 8) + 16 * (k % 16 // 4) + 8 * (k % 128 // 64) + 4 * (n % 16 // 8) + k % 4
     return {0: 0, 1: 1, 3: -1}[int(p[n // 16, k // 128, byte]) >> 2 * (k % 64 // 16) & 3]
@@ -67,6 +71,7 @@ ELEMENTS = (
     columns_2bit,
     columns_256,
     quads_2bit,
+    rows_256,
     tiles_2bit,
     quads_signed,
     triples_5bit,

@@ -9,7 +9,7 @@ from tvm import relax
 
 from schedules.layouts import LAYOUTS
 from schedules.targets import TARGETS
-from tests.schedules.compiled import NATIVE_TARGETS, every_gpu, every_target, params
+from tests.schedules.compiled import NATIVE_TARGETS, every_cpu, every_gpu, every_target, params
 from tests.schedules.matmul_reference import (
     KINDS,
     ROWS,
@@ -22,6 +22,11 @@ from tests.schedules.matmul_reference import (
     ternary_matmul,
     weights,
 )
+
+
+def layout_of(target) -> str:
+    return module("ternary_matmul", target).layout(4, "glu")
+
 
 EVERY_TARGET = pytest.mark.parametrize("target", every_target("ternary_matmul"))
 ACT_BITS = pytest.mark.parametrize("act_bits", (4, 8))
@@ -100,6 +105,26 @@ def test_residual(target):
         np.testing.assert_array_equal(found, (residual + product).astype(np.float32))
 
 
+ROWS_BY_GATE = [t for t in every_cpu("ternary_matmul") if layout_of(t) == "rows_256"]
+
+
+@pytest.mark.parametrize("target", params(ROWS_BY_GATE))
+@ACT_BITS
+@pytest.mark.parametrize("n, k", [(1700, 8200), (70, 33000)], ids=lambda v: str(v))
+def test_rows_by_gate(target, act_bits, n, k):
+    """Several strips of rows a thread, and sums to drain; from no live row to all of them."""
+    run, rng = ternary_matmul(target, n, k, act_bits, "glu"), np.random.default_rng(0)
+    w = np.where(rng.random((n, 1)) < 0.5, weights("random", n, k), np.int8(1))
+    for m, live in ((1, 0), (1, 0.3), (1, 1), (3, 0.4), (17, 0.6)):
+        q, (scale, w_scale) = activations("random", m, k, act_bits, seed=m), scales(m, n)
+        q[0] = -(2 ** (act_bits - 1))
+        gate = np.where(rng.random((m, n)) < live, 1, -1) * rng.random((m, n), np.float32)
+        g = np.maximum(gate.astype(np.float32), np.float32(0))
+        expected = (g * g) * (exact_sum(q, w) * (scale[:, None] * w_scale))
+        found = run((q, scale), w, w_scale, gate.astype(np.float32))
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("target", params(every_gpu("ternary_matmul")))
 @ACT_BITS
 @pytest.mark.parametrize("n, k", [(14000, 80), (2500, 144), (64, 144), (650, 1296)])
@@ -139,7 +164,7 @@ def test_through_relax(target, act_bits, epilogue):
     """The kernel survives the Relax pipeline, with M symbolic, as the target of a call_tir."""
     n, k = 130, 33
     kernels = module("ternary_matmul", target)
-    layout = LAYOUTS[kernels.layout(act_bits)]
+    layout = LAYOUTS[kernels.layout(act_bits, epilogue)]
     builder, m = relax.BlockBuilder(), tvm.tirx.Var("m", "int64")
 
     def tensor(name, shape, dtype="float32"):

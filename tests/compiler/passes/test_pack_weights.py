@@ -3,7 +3,7 @@
 import pytest
 import tvm
 
-from compiler.kernels import using
+from compiler.kernels import Schedule, default_choice, using
 from compiler.passes.pack_weights import pack_weights
 from schedules.layouts import LAYOUTS
 from schedules.targets import TARGETS
@@ -11,8 +11,8 @@ from schedules.targets import TARGETS
 NAMES = ["norm", "gate.w", "gate.scale", "up.w", "up.scale"]
 
 
-def module(w: str, attrs: str) -> tvm.IRModule:
-    """Gate and up projections of weights typed `w`."""
+def module(gate_w: str, up_w: str, attrs: str) -> tvm.IRModule:
+    """Gate and up projections of weights of these types."""
     return tvm.script.from_source(f"""
 m = TypeVar("m")
 @I.ir_module
@@ -20,7 +20,7 @@ class Module:
     I.module_attrs({attrs})
     @R.function
     def decode(x: R.Tensor((m, 48), "float32"), params: R.Tuple(
-        R.Tensor((48,), "float32"), {w}, R.Tensor((64,), "float32"), {w},
+        R.Tensor((48,), "float32"), {gate_w}, R.Tensor((64,), "float32"), {up_w},
         R.Tensor((64,), "float32"))) -> R.Tensor((m, 64), "float32"):
         with R.dataflow():
             norm = params[0]
@@ -41,13 +41,15 @@ class Module:
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
 def test_parameters_get_the_layout_of_the_kernel(target):
     names = f'{{"param_names": {NAMES}}}'.replace("'", '"')
+    unpacked = 'R.Tensor((64, 48), "int8")'
     with using(target):
-        after = pack_weights(module('R.Tensor((64, 48), "int8")', names))
-    layout = after.attrs["layouts"]["gate.w"]
-    assert dict(after.attrs["layouts"]) == {"gate.w": layout, "up.w": layout}
-    packed = f'R.Tensor({LAYOUTS[layout].packed_shape(64, 48)}, "uint8")'
-    attrs = f'{{"layouts": {{"gate.w": "{layout}", "up.w": "{layout}"}}, {names[1:]}'
-    tvm.ir.assert_structural_equal(after, module(packed, attrs))
+        after = pack_weights(module(unpacked, unpacked, names))
+    kernels = Schedule("ternary_matmul", default_choice("ternary_matmul", target.families))
+    layouts = {"gate.w": kernels.layout(4), "up.w": kernels.layout(4, "glu")}
+    assert dict(after.attrs["layouts"]) == layouts
+    packed = [f'R.Tensor({LAYOUTS[v].packed_shape(64, 48)}, "uint8")' for v in layouts.values()]
+    table = str(layouts).replace("'", '"')
+    tvm.ir.assert_structural_equal(after, module(*packed, f'{{"layouts": {table}, {names[1:]}'))
 
 
 def test_weight_that_is_no_parameter_is_refused():
