@@ -1,4 +1,5 @@
 """ternary_matmul on AVX-512 VBMI and AMX: 1.67 bits a weight; look-ups, and prompts by tiles.
+With a gate: amx.py's rows by gate.
 
     for thread in threads:                              parallel, a share of the blocks each
         M < AMX_ROWS: as lookup_avx512.py
@@ -35,8 +36,9 @@ AMX_ROWS = {4: 16, 8: 12}
 KNOBS = {name: values for name, values in amx.KNOBS.items() if name != "rows"}
 
 
-def layout(act_bits: int) -> str:
-    return "triples_5bit"
+def layout(act_bits: int, epilogue: str = "scale") -> str:
+    is_gated = EPILOGUES[epilogue].is_gated
+    return amx.layout(act_bits, epilogue) if is_gated else "triples_5bit"
 
 
 def tile_block(output, codes, sums32, tiles, totals, m, height, b, ahead: int):
@@ -89,6 +91,10 @@ def kernel(
     tiles_ahead: int = 0,
 ) -> PrimFunc:
     end, few = EPILOGUES[epilogue], AMX_ROWS[act_bits]
+    if end.is_gated:
+        knobs = {"l2_eighths": l2_eighths, "tiles_ahead": tiles_ahead, "prefetch": prefetch}
+        knobs |= {"streams": streams, "blocks_a_task": blocks_a_task}
+        return amx.kernel(n, k, act_bits, target, epilogue, **knobs)
     blocks, groups, _ = LAYOUTS["triples_5bit"].packed_shape(n, k)
     near_bytes = target.l2_bytes * l2_eighths // 8
     tile_m = max(HEIGHT, near_bytes // k // HEIGHT * HEIGHT)

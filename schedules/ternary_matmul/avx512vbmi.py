@@ -1,4 +1,5 @@
 """ternary_matmul on AVX-512 VBMI: 1.67 bits a weight, by look-ups; many rows of INT8 multiplied.
+With a gate: avx512vnni.py's rows by gate.
 
 `lookup_avx512.py` has the look-ups. With 8-bit activations they take two tables a row, so that
 from LOOKUP_ROWS on it is quicker to unpack a block's codes and multiply:
@@ -27,8 +28,9 @@ from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import avx2, avx512, threads
 from schedules.layouts import LAYOUTS
 from schedules.targets import CpuTarget
-from schedules.ternary_matmul import lookup_avx512
-from schedules.ternary_matmul.avx512vnni import copy_row, quad_of, sum_row
+from schedules.ternary_matmul import avx512vnni, lookup_avx512
+from schedules.ternary_matmul.quads_avx512 import quad_of, sum_row
+from schedules.ternary_matmul.rows_x86 import copy_row
 from schedules.ternary_matmul.triples_avx512 import (
     BLOCK,
     FIELDS,
@@ -45,8 +47,9 @@ GROUP = BLOCK // FIELDS
 KNOBS = {"streams": (4, 2, 1), "prefetch": (2048, 0, 4096), "blocks_a_task": (1, 8, 64)}
 
 
-def layout(act_bits: int) -> str:
-    return "triples_5bit"
+def layout(act_bits: int, epilogue: str = "scale") -> str:
+    is_gated = EPILOGUES[epilogue].is_gated
+    return avx512vnni.layout(act_bits, epilogue) if is_gated else "triples_5bit"
 
 
 def tile(output, codes, qs, totals, m, b, r, height):
@@ -105,6 +108,9 @@ def kernel(
     blocks_a_task: int = 1,
 ) -> PrimFunc:
     end = EPILOGUES[epilogue]
+    if end.is_gated:
+        walk = {"streams": streams, "prefetch": prefetch, "blocks_a_task": blocks_a_task}
+        return avx512vnni.kernel(n, k, act_bits, target, epilogue, **walk)
     blocks, groups, _ = LAYOUTS["triples_5bit"].packed_shape(n, k)
     near_bytes = target.l2_bytes // 2
     table_rows = lookup_avx512.tile_height(k, act_bits, near_bytes)

@@ -34,7 +34,7 @@ from tvm.script import tirx as T
 
 from schedules.intrin import avx2, avx512
 from schedules.layouts import TRIPLE_COLUMNS, TRIPLE_ROWS, TRIPLES
-from schedules.ternary_matmul.avx512vnni import copy_row
+from schedules.ternary_matmul.rows_x86 import copy_row
 from schedules.ternary_matmul.triples_avx512 import BLOCK, DIGITS, HALF, LINE, LINES, indexes
 
 TABLE = 32  # entries

@@ -48,7 +48,7 @@ def add_line(words, w, qs, r, rows, later, c):
                 avx2.prefetch(w, later[s], c, 0)
             total = avx2.load(words, s, 0, lanes=16)
             for f, signed in enumerate(activations):
-                field = avx2.shift_bytes_right(bytes_, 2 * f) if f else bytes_
+                field = avx2.shift_bytes(bytes_, -2 * f)
                 codes = field & avx2.splat("uint8", 3, HALF)
                 total = avx2.add_words(total, avx2.multiply_add_bytes(codes, signed))
             avx2.store(words, s, 0, value=total, lanes=16)
