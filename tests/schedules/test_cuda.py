@@ -88,14 +88,13 @@ def launches(text: str) -> dict[int, list[str]]:
     return found
 
 
-def described() -> str:
-    lines = []
-    for name, target in family_rows().items():
-        found = launches(source(target))
-        for i, (folder, args, end) in enumerate(KERNELS):
-            if (name,) == families_of(folder, target.families)[:1]:
-                lines += [f"{name} {label(folder, args, end)}", *sorted(found[i])]
-    return "\n".join(lines) + "\n"
+def described(family: str, target: GpuTarget) -> str:
+    """The golden file's lines of a family, whose first row is `target`."""
+    lines, found = [], launches(source(target))
+    for i, (folder, args, end) in enumerate(KERNELS):
+        if (family,) == families_of(folder, target.families)[:1]:
+            lines += [f"{family} {label(folder, args, end)}", *sorted(found[i])]
+    return "".join(line + "\n" for line in lines)
 
 
 def family_rows() -> dict[str, GpuTarget]:
@@ -106,9 +105,21 @@ def family_rows() -> dict[str, GpuTarget]:
 DISTINCT_ROWS = {row.families: row for row in reversed(GPU_ROWS)}.values()
 
 
+def test_every_line_of_the_golden_file_is_compared():
+    named = {line.split()[0] for line in GOLDEN.read_text().splitlines() if line[0] != " "}
+    assert named <= set(family_rows())
+    assert all(row in DISTINCT_ROWS for row in family_rows().values())
+
+
 @pytest.mark.parametrize("target", DISTINCT_ROWS, ids=lambda row: row.name)
 def test_compiles(target):
-    """To machine code for the first row of its families, to PTX for the archs of the others."""
+    """To the golden file's launches; then to machine code for the first row of its families, to PTX
+    for the archs of the others.
+    """
+    golden = re.split(r"(?m)^(?=\S)", GOLDEN.read_text())
+    for family in (name for name, row in family_rows().items() if row is target):
+        kept = "".join(part for part in golden if part.split(" ")[0] == family)
+        assert described(family, target) == kept
     others = [row.archs[0] for row in GPU_ROWS if row.families == target.families]
     archs = [*(arch.replace("sm_", "compute_") for arch in others[1:]), *target.archs]
     assert nvcc.compile_fat(source(target), archs, nvcc.find_nvcc(target))
@@ -116,4 +127,4 @@ def test_compiles(target):
 
 if __name__ == "__main__":
     GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text(described())
+    GOLDEN.write_text("".join(described(*row) for row in family_rows().items()))
