@@ -10,7 +10,9 @@ appended whole or not at all: what a full disk cut off is taken back.
 """
 
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +30,9 @@ MACHINE = "machine.json"
 FORMAT = 1
 KNOB = "knob."  # what a knob's annotation begins with
 OK = "ok"  # the result of a candidate that computes the reference's bits
+ROW = re.compile(r"\w+(-\w+)*")  # how the name of a target row looks
+# what reading JSON of another structure may raise
+NO_RECORD = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 FAILED_SECONDS = 1e10  # what MetaSchedule writes for a candidate that was not measured
 
 
@@ -85,7 +90,7 @@ def read(path: Path) -> Directory:
             if not 0 <= record.workload < len(workloads):
                 raise ValueError(f"workload {record.workload} of {len(workloads)}")
             records.append(record)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except NO_RECORD as error:
             reason = str(error) if type(error) is ValueError else type(error).__name__
             problems.append(f"{path / RECORDS}:{number}: not a record of this project ({reason})")
     return Directory(path, target, machine, tuple(records), tuple(workloads), tuple(problems))
@@ -96,14 +101,16 @@ def read_machine(path: Path) -> tuple[str, Machine]:
         values = json.loads((path / MACHINE).read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise RecordError(f"{path}: records of format {values['format']}; possible: {FORMAT}")
-        return str(values["target"]), Machine.from_dict(values["machine"])
+        if not ROW.fullmatch(values["target"]):  # it becomes a directory's name
+            raise ValueError(values["target"])
+        return values["target"], Machine.from_dict(values["machine"])
     except FileNotFoundError as error:
         raise RecordError(f"{path}: no records: {MACHINE} is missing") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path / MACHINE}: cannot be read ({error})") from error
     except RecordError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except NO_RECORD as error:
         raise RecordError(f"{path / MACHINE}: is not what compiler.tune writes") from error
 
 
@@ -121,13 +128,18 @@ def parse(line: str) -> Record:
     """ValueError, or another of a wrong structure, where the line is not one of ours."""
     workload, ((instructions, decisions), seconds, _, arguments) = json.loads(line)
     facts = annotations(instructions, dict(decisions))
+    if not all(isinstance(facts[name], str) for name in ("op", "family", "result", "version")):
+        raise TypeError("a name is no string")
     failed = facts["result"] != OK
+    times = () if failed else tuple(float(value) for value in seconds)
+    if not failed and not (times and all(0 < time < math.inf for time in times)):
+        raise ValueError("no times")
     return Record(
         op=facts["op"],
         sizes=parse_sizes(facts["sizes"]),
         choice=choice_of(facts),
         rows=int(arguments[0][2][0]),
-        seconds=() if failed else tuple(float(value) for value in seconds),
+        seconds=times,
         result=facts["result"],
         version=facts["version"],
         race=int(facts["race"]),

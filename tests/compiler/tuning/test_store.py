@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,15 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    ["not json", "[]", "[0, [[[], []], [1], {}, []]]", json.dumps([5, line()]), '{"a": 1}'],
+    [
+        *("not json", "[]", "[0, [[[], []], [1], {}, []]]", '{"a": 1}', "[" * 10**5),
+        json.dumps([5, line()]),
+        json.dumps([math.inf, line()]),
+        json.dumps([0, [line()[0], [], *line()[2:]]]),
+        json.dumps([0, [line()[0], [math.nan], *line()[2:]]]),
+        json.dumps([0, line()]).replace(r'"\"int8_matmul\""', '["int8_matmul"]'),
+    ],
+    ids=range(10),
 )
 def test_foreign_line_is_told_and_passed_over(tmp_path, damage):
     path = filled(tmp_path, line())
@@ -108,6 +117,7 @@ def test_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
         ("{", "is not what compiler.tune writes"),
         ('{"format": 9}', "records of format 9; possible: 1"),
         ('{"format": 1, "target": "generic"}', "is not what compiler.tune writes"),
+        ('{"format": 1, "target": "../../generic"}', "is not what compiler.tune writes"),
     ],
 )
 def test_bad_machine_file(tmp_path, content, message):
