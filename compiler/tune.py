@@ -11,6 +11,7 @@ config.json. `compiler.build` finds the records by itself. Exit code 2: it canno
 reason in the one line on stderr; 130: interrupted, what was measured is kept.
 """
 
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -157,11 +158,27 @@ def check(config: TuneConfig) -> None:
     """What can be refused before anything is imported."""
     if not config.minutes > 0:
         raise BuildError(f"minutes: asked for {config.minutes:g}; possible: above 0")
-    for name, value in (("trials", config.trials), ("threads", config.threads)):
+    counts = {"trials": config.trials, "threads": config.threads, "cold-mib": config.cold_mib}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise BuildError(f"{name}: asked for {value}; possible: 1 and more")
     if (config.rpc is None) != (config.key is None):
         raise BuildError("rpc: --rpc HOST:PORT and --key KEY go together")
+    if config.report:
+        check_report(config)
+
+
+def check_report(config: TuneConfig) -> None:
+    """What would be found out only after everything is measured."""
+    if config.records is not None and not config.records.is_dir():
+        raise BuildError(f"records: asked for {config.records}; possible: a directory of records")
+    place = config.output.absolute()
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise BuildError(
+            f"output: asked for {config.output}, cannot write to {place}; possible: --output DIR"
+        )
 
 
 def parse_rpc(config: TuneConfig) -> "Rpc | None":
@@ -170,7 +187,7 @@ def parse_rpc(config: TuneConfig) -> "Rpc | None":
     if config.rpc is None:
         return None
     host, _, port = config.rpc.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise BuildError(f"rpc: asked for {config.rpc!r}; possible: HOST:PORT of a tracker")
     assert config.key
     return Rpc(host, int(port), config.key)

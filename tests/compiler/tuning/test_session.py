@@ -304,6 +304,9 @@ REFUSED = {
     "variant": (["--model", "tiny", "--variant", "x"], "variant: asked for 'x'; possible: "),
     "trials": (["--trials", "0"], "trials: asked for 0; possible: 1 and more"),
     "minutes": (["--minutes", "nan"], "minutes: asked for nan; possible: above 0"),
+    "cold": (["--cold-mib", "-1"], "cold-mib: asked for -1; possible: 1 and more"),
+    "output": (["--report", "--output", "/dev/null/x"], "output: asked for /dev/null/x, cannot"),
+    "port": (["--rpc", "a:99999", "--key", "k"], "rpc: asked for 'a:99999'; possible: HOST:PORT"),
     "rpc alone": (["--rpc", "127.0.0.1:9190"], "rpc: --rpc HOST:PORT and --key KEY go together"),
     "rpc": (["--rpc", "nowhere", "--key", "k"], "rpc: asked for 'nowhere'; possible: HOST:PORT"),
     "tracker": (["--rpc", "127.0.0.1:1", "--key", "k"], "rpc: no tracker at 127.0.0.1:1"),
@@ -318,6 +321,12 @@ def test_refused_in_one_line(options, message, capsys, tmp_path):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"compiler.tune: {message}")
     assert not list(tmp_path.iterdir())
+
+
+def test_report_of_no_records(tmp_path, capsys):
+    missing = tmp_path / "nope"
+    assert tune.main(["--report", "--records", str(missing)]) == 2
+    assert f"records: asked for {missing}; possible: a directory of" in capsys.readouterr().err
 
 
 def test_no_compiler(monkeypatch, capsys):
