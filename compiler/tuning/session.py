@@ -261,12 +261,7 @@ class Session:
     def _final(self, tuned: Tuned) -> None:
         """Race the best with the default and record which is to be used."""
         progress, task, weigh = tuned.progress, tuned.progress.task, self._settings.weigh
-        best = sorted(tuned.cost, key=lambda choice: tuned.cost[choice])[:FINALISTS]
-        finalists = [tuned.default]
-        for choice in best:
-            if candidate := tuned.built.get(choice) or tuned.builder.build(choice):
-                add_weights(tuned.files, candidate)
-                finalists.append(candidate)
+        finalists = self._finalists(tuned)
         self._set_task(tuned)
         try:
             times = self._race(
@@ -274,7 +269,10 @@ class Session:
             )
         except RunError:  # of one that ran before: none of them is to be trusted
             finalists = finalists[:1]
-            times = self._race(self._workers[0], tuned, finalists, self._settings.final_rounds)
+            try:
+                times = self._race(self._workers[0], tuned, finalists, self._settings.final_rounds)
+            except RunError as error:
+                raise BuildError(f"runner: {task.shape}: the default fails: {error}") from error
         totals = [task.costs(found, weigh) for found in times]
         gains = [gain(totals[0], total) for total in totals]
         winner = max(range(len(gains)), key=lambda i: (gains[i].is_real, gains[i].ratio))
@@ -287,6 +285,30 @@ class Session:
         self._writer.add(self._workload(tuned), records)
         progress.chosen, progress.result = finalists[winner].choice, gains[winner]
         progress.default = times[0]
+
+    def _finalists(self, tuned: Tuned) -> list[Candidate]:
+        """The default and the best. One that an earlier session measured is checked anew: its code
+        may be another by now."""
+        found = [tuned.default]
+        for choice in self._best(tuned):
+            candidate = tuned.built.get(choice)
+            if candidate is None:
+                try:
+                    candidate = tuned.builder.build(choice)
+                except (RuntimeError, BuildError):
+                    continue
+                if candidate is None:
+                    continue
+                add_weights(tuned.files, candidate)
+                self._set_task(tuned)
+                if self._check(self._workers[0], candidate) != store.OK:
+                    continue
+            found.append(candidate)
+        return found
+
+    @staticmethod
+    def _best(tuned: Tuned) -> list[Choice]:
+        return sorted(tuned.cost, key=lambda choice: tuned.cost[choice])[:FINALISTS]
 
     def _resume(self, tuned: Tuned) -> None:
         """Take up what the records hold: what was measured, and what the last race chose."""
@@ -340,7 +362,7 @@ class Session:
 
     def _forget_losers(self, tuned: Tuned) -> None:
         """Libraries of candidates that cannot be finalists any more."""
-        best = sorted(tuned.cost, key=lambda choice: tuned.cost[choice])[:FINALISTS]
+        best = self._best(tuned)
         for choice in [choice for choice in tuned.built if choice not in best]:
             tuned.built.pop(choice).library.unlink()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,21 @@ def test_interrupted_and_resumed(kernel, tmp_path, monkeypatch):
     assert len(searched) == len({record.choice for record in searched}) == 4
     assert running.progress[0].trials == 4
     assert dict(running.progress[0].chosen.knobs) == {"lanes": 1}
+
+
+def test_resumed_kernels_that_changed_are_checked_anew(kernel, tmp_path, monkeypatch):
+    """Only the default's code is that of the first session: the quickest is wrong by now."""
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (400, 60, 1)})
+    assert dict(tuned(tmp_path).progress[0].chosen.knobs) == {"lanes": 1}
+    (path,) = store.find_directories(tmp_path)
+    before = store.read(path)
+    store.write(replace(before, records=tuple(r for r in before.records if not r.race)), path)
+
+    def changed(n, k, target, *, lanes=1):
+        return planted(n, k, target, fault=NONE if lanes == 400 else WRONG, lanes=lanes)
+
+    monkeypatch.setattr(generic, "kernel", changed)
+    assert dict(tuned(tmp_path, resume=True).progress[0].chosen.knobs) == {"lanes": 400}
 
 
 def test_default_that_is_the_best_stays(kernel, tmp_path, monkeypatch):
