@@ -1,7 +1,9 @@
 """Draw what benchmarks/gpu.py measured: times of ours and of the rivals, group by group.
 
-python -m benchmarks.gpu_plot                                benchmarks/gpu.json
-python -m benchmarks.gpu_plot FILE.json -o docs/results/gpu.png
+    python -m benchmarks.gpu_plot                                benchmarks/gpu.json
+    python -m benchmarks.gpu_plot FILE.json -o docs/results/gpu.png
+
+Needs matplotlib.
 """
 
 import json

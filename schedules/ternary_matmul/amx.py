@@ -138,21 +138,24 @@ def multiply(sums32, codes, tiles, r0, group: int, ahead: int, at_step=None):
         amx.store(tile, sums32, amx.ROWS * (at // 2), column, row_bytes=4 * BLOCK)
 
 
-def tile_block(output, w, codes, sums32, tiles, totals, m, height, b, form: Form, ahead: int):
-    """out[m : m + height] of block b, whose codes are unpacked"""
+def tile_block(
+    output, codes, sums32, tiles, totals, m, height, b, ahead: int, shift: int = 0, prefetch=None
+):
+    """out[m : m + height] of block b, whose codes are unpacked, `shift` bits more a group;
+    prefetch(done, step): the next block's bytes, some each step"""
     steps = int(codes.shape[0])
     with T.serial(T.ceildiv(height, HEIGHT)) as r0:
         r = r0 * HEIGHT
         for group in range(0, GROUPS, 2):
             done = steps * (GROUPS // 2 * r0 + group // 2)
-            at_step = partial(form.prefetch, w, b + 1, done) if form.prefetch else None
+            at_step = partial(prefetch, done) if prefetch else None
             multiply(sums32, codes, tiles, 2 * r0, group, ahead, at_step)
         with T.serial(T.min(height - r, HEIGHT)) as i:
 
             def finished(column, lanes):
                 found = avx2.load(sums32, i, column, lanes=lanes)
-                if form.shift:
-                    by = form.shift * (column // amx.ROWS)
+                if shift:
+                    by = shift * (column // amx.ROWS)
                     found = T.shift_right(found, T.broadcast(by, lanes) if lanes > 1 else by)
                 return found - totals[r + i]
 
@@ -171,7 +174,11 @@ def tiled(output, q, w, row, totals, m, height, first, share, k, tile_m, form: F
     copy_tiles(tiles, totals, row, q, m, height, k)
     with T.serial(share) as b:
         form.unpack(codes, w, first + b)
-        tile_block(output, w, codes, sums32, tiles, totals, m, height, first + b, form, ahead)
+        block = first + b
+        prefetch = partial(form.prefetch, w, block + 1) if form.prefetch else None
+        tile_block(
+            output, codes, sums32, tiles, totals, m, height, block, ahead, form.shift, prefetch
+        )
     amx.release()
 
 

@@ -18,7 +18,7 @@ from tvm.tirx import PrimFunc, Var
 
 from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import amx as tiles_of
-from schedules.intrin import avx2, threads
+from schedules.intrin import threads
 from schedules.layouts import LAYOUTS
 from schedules.targets import CpuTarget
 from schedules.ternary_matmul import amx, lookup_avx512
@@ -41,20 +41,6 @@ def layout(act_bits: int, epilogue: str = "scale") -> str:
     return amx.layout(act_bits, epilogue) if is_gated else "triples_5bit"
 
 
-def tile_block(output, codes, sums32, tiles, totals, m, height, b, ahead: int):
-    """out[m : m + height] of block b, whose codes are unpacked"""
-    with T.serial(T.ceildiv(height, HEIGHT)) as r0:
-        r = r0 * HEIGHT
-        for fields in range(0, FIELDS, 2):
-            amx.multiply(sums32, codes, tiles, 2 * r0, fields, ahead)
-        with T.serial(T.min(height - r, HEIGHT)) as i:
-
-            def finished(column, lanes):
-                return avx2.load(sums32, i, column, lanes=lanes) - totals[r + i]
-
-            output.store(m + r + i, b, BLOCK, finished)
-
-
 def multiply(output, q, w, num_rows, first, share, k: int, tile_m: int, ahead: int):
     """out[:num_rows] for `share` blocks from `first` on, `tile_m` rows at a time"""
     lines = -(-k // LINE)
@@ -73,7 +59,7 @@ def multiply(output, q, w, num_rows, first, share, k: int, tile_m: int, ahead: i
         amx.copy_tiles(tiles, totals, row, q, m, height, k)
         with T.serial(share) as b:
             unpack(codes, w, first + b)
-            tile_block(output, codes, sums32, tiles, totals, m, height, first + b, ahead)
+            amx.tile_block(output, codes, sums32, tiles, totals, m, height, first + b, ahead)
     tiles_of.release()
 
 
