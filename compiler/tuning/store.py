@@ -28,6 +28,7 @@ from compiler.tuning.machine import Machine
 WORKLOADS, RECORDS = "database_workload.json", "database_tuning_record.json"
 MACHINE = "machine.json"
 FORMAT = 1
+DAMAGED = ".damaged"  # of the files that keep what is no record
 KNOB = "knob."  # what a knob's annotation begins with
 OK = "ok"  # the result of a candidate that computes the reference's bits
 ROW = re.compile(r"\w+(-\w+)*")  # how the name of a target row looks
@@ -85,14 +86,11 @@ def read(path: Path) -> Directory:
     workloads = read_lines(path / WORKLOADS)
     problems, records = [], []
     for number, line in enumerate(read_lines(path / RECORDS), 1):
-        try:
-            record = parse(line)
-            if not 0 <= record.workload < len(workloads):
-                raise ValueError(f"workload {record.workload} of {len(workloads)}")
+        record = parse(line, len(workloads))
+        if isinstance(record, Record):
             records.append(record)
-        except NO_RECORD as error:
-            reason = str(error) if type(error) is ValueError else type(error).__name__
-            problems.append(f"{path / RECORDS}:{number}: not a record of this project ({reason})")
+        else:
+            problems.append(f"{path / RECORDS}:{number}: not a record of this project ({record})")
     return Directory(path, target, machine, tuple(records), tuple(workloads), tuple(problems))
 
 
@@ -124,8 +122,19 @@ def read_lines(path: Path) -> list[str]:
         raise RecordError(f"{path}: cannot be read ({error})") from error
 
 
-def parse(line: str) -> Record:
-    """ValueError, or another of a wrong structure, where the line is not one of ours."""
+def parse(line: str, workloads: int) -> Record | str:
+    """A record of one of so many workloads, or why the line is none."""
+    try:
+        record = parse_record(line)
+        if not 0 <= record.workload < workloads:
+            raise ValueError(f"workload {record.workload} of {workloads}")
+        return record
+    except NO_RECORD as error:
+        return str(error) if type(error) is ValueError else type(error).__name__
+
+
+def parse_record(line: str) -> Record:
+    """NO_RECORD where the line is not one of ours."""
     workload, ((instructions, decisions), seconds, _, arguments) = json.loads(line)
     facts = annotations(instructions, dict(decisions))
     if not all(isinstance(facts[name], str) for name in ("op", "family", "result", "version")):
@@ -232,7 +241,7 @@ def mend_tail(path: Path) -> None:
     if not path.exists() or not (data := path.read_bytes()) or data.endswith(b"\n"):
         return
     whole = data.rfind(b"\n") + 1
-    append(path.with_suffix(".damaged"), [data[whole:].decode(errors="replace")])
+    append(path.with_suffix(DAMAGED), [data[whole:].decode(errors="replace")])
     os.truncate(path, whole)
 
 
@@ -267,6 +276,20 @@ def write(directory: Directory, path: Path) -> None:
         write_whole(stage / MACHINE, json.dumps(facts, indent=1) + "\n")
         write_whole(stage / WORKLOADS, "".join(f"{directory.workloads[i]}\n" for i in used))
         write_whole(stage / RECORDS, "".join(f"{line}\n" for line in lines))
+        keep_rest(path, stage)
+
+
+def keep_rest(path: Path, stage: Path) -> None:
+    """What `path` holds besides records: other files, and the lines that are none."""
+    if not path.is_dir():
+        return
+    for file in path.iterdir():
+        if file.name not in (MACHINE, WORKLOADS, RECORDS):
+            shutil.copy2(file, stage)
+    workloads = len(read_lines(path / WORKLOADS))
+    lines = read_lines(path / RECORDS)
+    if rest := [line for line in lines if isinstance(parse(line, workloads), str)]:
+        append((stage / RECORDS).with_suffix(DAMAGED), rest)
 
 
 @contextmanager
@@ -281,12 +304,12 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield stage
         stage.chmod(0o755)  # mkdtemp's is private
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             stage.rename(path)
-        except OSError:
-            if old.exists():
+        except BaseException:  # an interrupt, too
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
     finally:

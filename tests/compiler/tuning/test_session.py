@@ -243,6 +243,19 @@ def test_report(kernel, tmp_path, monkeypatch):
     assert kernels[0]["seconds"].keys() == {"tvm", "default", "tuned"}
 
 
+@pytest.mark.parametrize(
+    "slowest, expected", [(1.2, "| 1.20x | 1.20 to 1.30 |"), (0.9, "| none |")]
+)
+def test_whole_models_gain_is_judged_too(slowest, expected):
+    speeds = [100.0] * report.BENCH_TURNS
+    tuned = [slowest * 100, 130.0, *[120.0] * (report.BENCH_TURNS - 2)]
+    found = {
+        build: [[{"test": "tg64", "tokens_per_second": speed}] for speed in of]
+        for build, of in {"default": speeds, "tuned": tuned}.items()
+    }
+    assert expected in report.bench_table(found)[-1]
+
+
 @pytest.fixture(scope="module")
 def servers():
     """A tracker and two servers on the loopback, TVM's own: the tracker's port."""

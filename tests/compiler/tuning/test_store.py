@@ -231,6 +231,33 @@ def test_prune_keeps_what_a_build_can_use(tmp_path, capsys):
     assert found([tmp_path]) == [(1, "record")]
 
 
+def test_rewriting_keeps_what_is_no_record(tmp_path, capsys):
+    path = filled(tmp_path, line(1), line(1, race=9, chosen=1))
+    with (path / store.RECORDS).open("a") as file:
+        file.write("somebody's\n")
+    kept = (path / store.RECORDS).with_suffix(".damaged")
+    kept.write_text("torn\n")
+    assert command("prune", tmp_path, "--final") == 0
+    assert kept.read_text() == "torn\nsomebody's\n"
+    directory = store.read(path)
+    assert len(directory.records) == 1 and not directory.problems
+
+
+def test_interrupt_between_the_renames_keeps_the_old_records(tmp_path, monkeypatch):
+    path, rename = filled(tmp_path, line(1)), Path.rename
+
+    def interrupted(self, target):
+        if self.suffix == ".new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(replace(store.read(path), records=()), path)
+    assert len(store.read(path).records) == 1
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
 def test_prune_to_the_final_races(tmp_path):
     path = filled(tmp_path, line(1), line(2), line(1, race=9, chosen=1), line(4, race=9))
     assert command("prune", tmp_path, "--final") == 0
