@@ -8,7 +8,8 @@ The peer is llama-cpp-python, built from its sdist in a Python of the user's cho
 llama_cpp_peer.py says what it needs); without `--peer-python` ours runs alone. Its models have the
 artifact's shape, random weights in TQ2_0 and TQ1_0 and the head in Q6_K; they are written beside
 the results. Each engine is a process of its own; each repetition asks every engine once, in turn,
-so that a noisy spell meets all of them. Numbers are medians, with the range; ratios are of medians.
+so that a noisy spell meets all of them; so does a streaming read of memory, which shares refer to.
+Numbers are medians, with the range; ratios are of medians.
 Writes cpu.md, cpu.json (every sample) and three plots to the output directory, the table to stdout.
 """
 
@@ -31,6 +32,7 @@ from runtime.errors import ArtifactError
 
 HERE = Path(__file__).resolve().parent
 OURS, PEERS = "ours", ("TQ2_0", "TQ1_0")
+READ = "read"  # the streaming read, in a process of its own
 STREAM_BYTES = 1 << 29
 COLD_BYTES = 300e6  # that the copies of a kernel's weights take: past every cache
 MOST_COPIES = 1000  # a graph of ggml holds 2048 nodes
@@ -45,7 +47,8 @@ GROUPS = ("model", "context", "kernels")
 @dataclass
 class Row:
     """One measurement of several engines. Samples are seconds; `amount` of `unit` was done in
-    each, at least `floor` bytes had to be read for it."""
+    each, at least `floor` bytes had to be read for it. `bandwidth` is the streaming read's, in
+    bytes/s, between those samples; 0 where no time was taken for it."""
 
     group: str
     test: str
@@ -54,6 +57,7 @@ class Row:
     unit: str
     samples: dict[str, list[float]]
     floor: dict[str, float] = field(default_factory=dict)
+    bandwidth: float = 0
 
     def rate(self, engine: str) -> float:
         return self.amount / statistics.median(self.samples[engine])
@@ -69,7 +73,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.rows: list[Row] = []
-        self.bandwidth: dict[int, float] = {}  # threads -> bytes/s of the streaming read
+        self.reader = Worker(READ, sys.executable, HERE / "cpu_worker.py")
+        self.reader.ask("prepare", kind="stream", nbytes=STREAM_BYTES)
         self.workers = {OURS: Worker(OURS, sys.executable, HERE / "cpu_worker.py")}
         if options.peer_python:
             for kind in PEERS:
@@ -84,41 +89,54 @@ class Bench:
         }
 
     def close(self) -> None:
-        for worker in self.workers.values():
+        for worker in (self.reader, *self.workers.values()):
             worker.close()
 
-    def measure(self, engines: Sequence[str], ask: Callable[[Worker], float]) -> dict:
-        """Samples of each engine, one repetition of all after another, the first thrown away."""
-        samples: dict[str, list[float]] = {name: [] for name in engines}
+    def measure(
+        self,
+        group: str,
+        test: str,
+        threads: int,
+        amount: float,
+        unit: str,
+        ask: dict[str, Callable[[Worker], float]],
+        floor: dict[str, float],
+    ) -> None:
+        """A row: each engine of `ask`, one repetition of all after another, the first thrown
+        away. Where bytes bound it, every repetition begins with a streaming read."""
+        samples: dict[str, list[float]] = {name: [] for name in ask}
+        reads = []
         for repetition in range(self.options.repetitions + 1):
-            for name in engines:
-                seconds = ask(self.workers[name])
+            if floor:
+                reads.append(self.reader.ask("kernel", threads=threads)["seconds"])
+            for name, seconds in ask.items():
+                found = seconds(self.workers[name])
                 if repetition:
-                    samples[name].append(seconds)
-        return samples
-
-    def add(self, *args: Any, **options: Any) -> None:
-        row = Row(*args, **options)
+                    samples[name].append(found)
+        bandwidth = STREAM_BYTES / statistics.median(reads[1:]) if reads else 0
+        row = Row(group, test, threads, amount, unit, samples, floor, bandwidth)
         self.rows.append(row)
         print(show_row(self, row), file=sys.stderr)
 
-    def kernel(self, group: str, test: str, amount: float, unit: str, ask: dict, floor: float):
-        """Prepared kernels of the engines in `ask`, at every number of threads."""
-        for name, request in ask.items():
-            self.workers[name].ask("prepare", **request)
+    def kernel(
+        self, test: str, amount: float, unit: str, ask: dict[str, dict], share: float = 0
+    ) -> None:
+        """Prepared kernels of the engines in `ask`, at every number of threads; of its weights
+        ours needs `share`, 0 where something else bounds it."""
+        nbytes = {
+            name: self.workers[name].ask("prepare", **r).get("bytes") for name, r in ask.items()
+        }
+        floor = {OURS: nbytes[OURS] * share} if share else {}
         for threads in self.options.threads:
-            samples = self.measure(
-                list(ask), lambda worker, t=threads: worker.ask("kernel", threads=t)["seconds"]
+            calls = dict.fromkeys(
+                ask, lambda worker, t=threads: worker.ask("kernel", threads=t)["seconds"]
             )
-            floors = {} if floor == 0 else dict.fromkeys(ask, floor)
-            self.add(group, test, threads, amount, unit, samples, floor=floors)
+            self.measure("kernels", test, threads, amount, unit, calls, floor)
 
 
 def measure_stream(bench: Bench) -> None:
     ask = {OURS: {"kind": "stream", "nbytes": STREAM_BYTES}}
-    bench.kernel("kernels", "streaming read", STREAM_BYTES / 1e9, "GB", ask, STREAM_BYTES)
-    for row in bench.rows:
-        bench.bandwidth[row.threads] = STREAM_BYTES / min(row.samples[OURS])
+    bench.kernel("streaming read", STREAM_BYTES / 1e9, "GB", ask, share=1)
 
 
 def cold_copies(nbytes: float) -> int:
@@ -142,23 +160,20 @@ def measure_kernels(bench: Bench) -> None:
                     name: r | {"n": n, "k": k, "m": m, "copies": copies} for name, r in ask.items()
                 }
                 test = f"{n}x{k}, {m} token{'s' * (m > 1)}, INT{act_bits}"
-                floor = n * k / 4 if m == 1 else 0
-                bench.kernel("kernels", test, 2e-9 * n * k * m, "G op", ask, floor)
+                bench.kernel(test, 2e-9 * n * k * m, "G op", ask, share=m == 1)
     copies = cold_copies(glu * hidden / 4)
     for zeros in ZEROS:
         sizes = {"n": hidden, "k": glu, "m": 1, "copies": copies}
         ask = {OURS: {"kind": "sparse", "zeros": zeros, **sizes}}
-        floor = hidden * glu / 4 * (1 - zeros)
-        bench.kernel("kernels", f"down_proj, {zeros:.0%} zeros", 1e-6, "M call", ask, floor)
+        bench.kernel(f"down_proj, {zeros:.0%} zeros", 1e-6, "M call", ask, share=1 - zeros)
     sizes = {"n": bench.shape["vocab_size"], "k": hidden, "m": 1, "copies": 2}
     for bits in HEAD_BITS:
         ask = {OURS: {"kind": "head", "bits": bits, **sizes}}
-        floor = sizes["n"] * hidden * bits / 8
-        bench.kernel("kernels", f"head, {bits} bits", 1e-6, "M call", ask, floor)
+        bench.kernel(f"head, {bits} bits", 1e-6, "M call", ask, share=1)
     for ours in (True, False):
         ask = {OURS: {"kind": "launch", "is_launched_by_us": ours, "copies": LAUNCHES}}
         name = "launch" if ours else "launch by TVM's pool"
-        bench.kernel("kernels", name, 1e-6, "M call", ask, 0)
+        bench.kernel(name, 1e-6, "M call", ask)
 
 
 def load_models(bench: Bench) -> None:
@@ -174,9 +189,12 @@ def load_models(bench: Bench) -> None:
 
 
 def token_bytes(bench: Bench) -> dict[str, float]:
-    """Bytes of weights that a decoded token needs: ours by the zeros it met, the peer's all."""
+    """Bytes of weights that a decoded token needs: ours by the zeros it met, the peer's all.
+
+    A row of up_proj whose product is zero at down_proj is not needed either.
+    """
     zeros = bench.workers[OURS].ask("zeros")["zeros"] or (0, 0)
-    share = {"o.w": 1 - zeros[0], "down.w": 1 - zeros[1]}
+    share = {"o.w": 1 - zeros[0], "up.w": 1 - zeros[1], "down.w": 1 - zeros[1]}
     tied = bench.shape["tie_word_embeddings"]
     total = 0.0
     for tensor in bench.manifest["tensors"]:
@@ -193,25 +211,24 @@ def token_bytes(bench: Bench) -> dict[str, float]:
 
 
 def measure_model(bench: Bench) -> None:
-    floor = token_bytes(bench)
-    engines = list(bench.workers)
+    needed = token_bytes(bench)
+    steps = bench.options.decode
+
+    def decode(worker: Worker) -> float:
+        worker.ask("clear")
+        return worker.ask("decode", steps=steps)["seconds"]
+
     for threads in bench.options.threads:
         for worker in bench.workers.values():
             worker.ask("threads", count=threads)
         for tokens in bench.options.prompts:
-            samples = bench.measure(
-                engines, lambda worker, n=tokens: worker.ask("prompt", tokens=n)["seconds"]
+            ask = dict.fromkeys(
+                bench.workers, lambda worker, n=tokens: worker.ask("prompt", tokens=n)["seconds"]
             )
-            bench.add("model", f"pp{tokens}", threads, tokens, "token", samples)
-
-        def decode(worker: Worker) -> float:
-            worker.ask("clear")
-            return worker.ask("decode", steps=bench.options.decode)["seconds"]
-
-        steps = bench.options.decode
-        samples = bench.measure(engines, decode)
-        floors = {name: size * steps for name, size in floor.items()}
-        bench.add("model", f"tg{steps}", threads, steps, "token", samples, floor=floors)
+            bench.measure("model", f"pp{tokens}", threads, tokens, "token", ask, {})
+        floor = {name: size * steps for name, size in needed.items()}
+        ask = dict.fromkeys(bench.workers, decode)
+        bench.measure("model", f"tg{steps}", threads, steps, "token", ask, floor)
 
 
 def measure_context(bench: Bench) -> None:
@@ -224,10 +241,10 @@ def measure_context(bench: Bench) -> None:
     for position in sorted({min(p, most) for p in bench.options.contexts}):
         for worker in bench.workers.values():
             worker.ask("fill", position=position)
-        samples = bench.measure(
-            list(bench.workers), lambda worker: worker.ask("decode", steps=DECODE_STEPS)["seconds"]
+        ask = dict.fromkeys(
+            bench.workers, lambda worker: worker.ask("decode", steps=DECODE_STEPS)["seconds"]
         )
-        bench.add("context", f"tg at {position}", threads, DECODE_STEPS, "token", samples)
+        bench.measure("context", f"tg at {position}", threads, DECODE_STEPS, "token", ask, {})
 
 
 def show_row(bench: Bench, row: Row) -> str:
@@ -244,9 +261,9 @@ def show_row(bench: Bench, row: Row) -> str:
             both = name in row.samples
             cells.append(f"{row.rate(OURS) / row.rate(name):.2f}" if both else "")
     share = ""
-    if row.floor and row.threads in bench.bandwidth:
+    if row.floor:
         seconds = statistics.median(row.samples[OURS])
-        share = f"{row.floor[OURS] / seconds / bench.bandwidth[row.threads]:.0%}"
+        share = f"{row.floor[OURS] / seconds / row.bandwidth:.0%}"
     return "| " + " | ".join([*cells, share]) + " |"
 
 
@@ -294,12 +311,12 @@ def plot(bench: Bench, folder: Path) -> None:
         axes.set(xlabel=label, ylabel="decoded tokens/s", ylim=(0, None))
         axes.legend()
         axes.figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    last = decode[-1] if decode else None
-    if last and last.threads in bench.bandwidth:
+    if decode:
+        last = decode[-1]
         axes = Figure(figsize=(6, 4)).subplots()
         engines = list(bench.workers)
         floor = [last.floor[e] / last.amount / 1e6 for e in engines]
-        spent = [bench.bandwidth[last.threads] / last.rate(e) / 1e6 for e in engines]
+        spent = [last.bandwidth / last.rate(e) / 1e6 for e in engines]
         places = range(len(engines))
         axes.bar([p - 0.2 for p in places], floor, 0.4, label="weights a token needs")
         axes.bar([p + 0.2 for p in places], spent, 0.4, label="what memory gives in its time")
@@ -312,7 +329,7 @@ def write(bench: Bench) -> None:
     folder = bench.options.output
     text = table(bench)
     (folder / "cpu.md").write_text(text, encoding="utf-8")
-    found = {"host": host_facts(bench), "bandwidth": bench.bandwidth, "versions": bench.versions}
+    found = {"host": host_facts(bench), "versions": bench.versions}
     found["rows"] = [asdict(row) for row in bench.rows]
     (folder / "cpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plot(bench, folder)

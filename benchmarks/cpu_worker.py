@@ -60,6 +60,7 @@ class Kernels:
 
         self.tvm, self.target = tvm, targets.find("native")
         self.folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+        self.nbytes = 0  # of the memory that a call of the prepared kernel reads once
 
     def link(self, func, is_launched_by_us: bool = True):
         from tvm.support import cc
@@ -88,6 +89,7 @@ class Kernels:
         packed = LAYOUTS[layout].pack(np.resize(w, (n, k)))
         memory = aligned((copies, *packed.shape), "uint8")
         memory[:] = packed
+        self.nbytes = packed.nbytes
         return [self.tvm.runtime.from_dlpack(copy) for copy in memory]
 
     def tensors(self, *arrays: np.ndarray) -> list:
@@ -128,6 +130,7 @@ class Kernels:
             rows = rng.integers(1, 64, (64, grouped.row_bytes(k, bits)), dtype=np.uint8)
         table = aligned((copies, n, rows.shape[1]), str(rows.dtype))
         table[:] = np.resize(rows, (n, rows.shape[1]))
+        self.nbytes = table[0].nbytes
         q = rng.integers(-127, 128, (m, k), dtype=np.int8)
         ones = np.ones(m, np.float32), np.ones(n, np.float32)
         q, scale, w_scale, out = self.tensors(q, *ones, np.zeros((m, n), np.float32))
@@ -153,6 +156,7 @@ class Kernels:
 
         memory = aligned((nbytes,), "int8")
         memory[:] = 1
+        self.nbytes = nbytes
         out = aligned((256, 16), "int32")
         read = self.link(kernel(nbytes, self.target))
         return [partial(read, *map(self.tvm.runtime.from_dlpack, (memory, out)))]
@@ -201,7 +205,7 @@ class Ours:
         self.kernels = self.kernels or Kernels()
         self.calls = []
         self.calls = getattr(self.kernels, kind)(**arguments)
-        return {"target": self.kernels.target.name}
+        return {"bytes": self.kernels.nbytes}
 
     def kernel(self, threads: int) -> dict:
         """Seconds of a call, mean over the copies of its weights."""
