@@ -284,6 +284,7 @@ def report(config: TuneConfig) -> Path:
     with ExitStack() as stack:
         site = open_site(config, stack)
 
+        from compiler.tuning import page
         from compiler.tuning import report as reports
         from compiler.tuning.lookup import Lookup, default_roots
 
@@ -307,7 +308,7 @@ def report(config: TuneConfig) -> Path:
             benched = reports.bench(config.model, site.target.name, threads, records, say)
         title = f"{model.name} ({model.variant}), {site.target.name}, {site.machine.processor}"
         title += f", {site.machine.threads} threads, TVM {site.machine.tvm}"
-        return reports.write(config.output, title, rows, config.weigh, benched)
+        return page.write(config.output, title, rows, config.weigh, benched)
 
 
 def has_weights(config: TuneConfig) -> bool:

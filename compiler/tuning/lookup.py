@@ -38,10 +38,11 @@ class Lookup:
         exact: list[store.Directory] = []
         nearest: list[store.Directory] = []
         for root in roots:
-            for directory in self._directories(root / target.name):
+            for directory in self._readable(root / target.name):
                 same = directory.machine == self._machine
                 (exact if same else nearest).append(directory)
         nearest.sort(key=lambda found: self._machine.likeness(found.machine), reverse=True)
+        self._directories = exact + nearest
         self._tables = [
             *(("record", winners(directory)) for directory in exact),
             *(("nearest", winners(directory)) for directory in nearest),
@@ -53,7 +54,13 @@ class Lookup:
             if found := table.get(key):
                 yield Recorded(found.choice, found.version, origin)
 
-    def _directories(self, row: Path) -> Iterator[store.Directory]:
+    def measured(self, op: str, sizes: Sizes) -> Iterator[list[store.Record]]:
+        """All records of a kernel, a directory at a time, in the order of calls."""
+        key = op, tuple(sorted(sizes.items()))
+        for directory in self._directories:
+            yield [record for record in directory.records if record.key == key]
+
+    def _readable(self, row: Path) -> Iterator[store.Directory]:
         """Those below a row of a root that can be read and are of this version of TVM."""
         for path in sorted(row.glob(f"*/{store.MACHINE}")):
             try:

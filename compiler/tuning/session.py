@@ -27,7 +27,7 @@ from compiler.tuning import space, store
 from compiler.tuning.candidates import Builder, Candidate
 from compiler.tuning.case_files import add_weights, make_files
 from compiler.tuning.pool import RunError, Worker, spread
-from compiler.tuning.recall import recall
+from compiler.tuning.recall import current, recall
 from compiler.tuning.search import Search, make_model
 from compiler.tuning.statistics import Gain, gain
 from compiler.tuning.tasks import Task, Times, allot
@@ -313,8 +313,7 @@ class Session:
     def _resume(self, tuned: Tuned) -> None:
         """Take up what the records hold: what was measured, and what the last race chose."""
         progress, task = tuned.progress, tuned.progress.task
-        default = tuned.default.version.split("-")[0]
-        known = [r for r in self._known if r.key == task.key and r.version.startswith(default)]
+        known = current(task, self._known, tuned.default.version)
         found = recall(task, known, self._settings.weigh)
         tuned.cost |= found.shares
         learnt = [*found.shares.items(), *((choice, None) for choice in found.failed)]

@@ -47,5 +47,6 @@ def test_last_race(task):
     ]
     found = recall(task, known, "both")
     assert found.chosen == lanes(2) and found.result.ratio == pytest.approx(2)
+    assert found.quickest() == [lanes(2), task.default]
     cut_off = [r for r in known if r.rows == 1]
     assert recall(task, cut_off, "both").chosen is None

@@ -21,7 +21,7 @@ from compiler.kernels import Choice, KernelTable, knobs_of
 from compiler.ops import OPS
 from compiler.signature import Match
 from compiler.toolchain import find_linker
-from compiler.tuning import report, session, space, store
+from compiler.tuning import page, report, session, space, store
 from compiler.tuning.lookup import Lookup
 from compiler.tuning.machine import Machine
 from compiler.tuning.pool import Rpc, Worker, count_servers
@@ -80,9 +80,9 @@ def kernel(monkeypatch):
     )
 
 
-def make_task() -> Task:
+def make_task(n: int = N) -> Task:
     op, match = OPS["int8_matmul"], Match("int8_matmul")
-    for letter, size in {"N": N, "K": K}.items():
+    for letter, size in {"N": n, "K": K}.items():
         match.bind(letter, size, "w")
     make = op.maker(match, {}, TARGET)
     return Task(op, op.sizes(match, {}), {}, make, TARGET, calls={1: [1, 0], 128: [0, 1]})
@@ -103,12 +103,12 @@ def one_worker():
         worker.close()
 
 
-def tuned(root: Path, say=None, workers=None, **changes) -> session.Session:
+def tuned(root: Path, say=None, workers=None, tasks=None, **changes) -> session.Session:
     """A session, run to its end; `say` sees it at every step."""
     with ExitStack() as stack:
         workers = workers or [stack.enter_context(one_worker())]
         writer = store.Writer(root, TARGET.name, HERE)
-        running = session.Session([make_task()], workers, writer, settings(**changes))
+        running = session.Session(tasks or [make_task()], workers, writer, settings(**changes))
         if say:
             running.say = lambda: say(running)
         running.run()
@@ -202,6 +202,16 @@ def test_resumed_kernels_that_changed_are_checked_anew(kernel, tmp_path, monkeyp
     assert dict(tuned(tmp_path, resume=True).progress[0].chosen.knobs) == {"lanes": 400}
 
 
+def test_resumed_with_another_knob_begins_anew(kernel, tmp_path, monkeypatch):
+    """The default's code is the same, but the recorded choices are no points of the space."""
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (60, 1)})
+    tuned(tmp_path)
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (60, 1), "fault": (NONE,)})
+    running = tuned(tmp_path, resume=True)
+    assert running.progress[0].trials == 1
+    assert dict(running.progress[0].chosen.knobs) == {"lanes": 1, "fault": NONE}
+
+
 def test_default_that_is_the_best_stays(kernel, tmp_path, monkeypatch):
     monkeypatch.setattr(generic, "KNOBS", {"lanes": (1, 400)})
     running = tuned(tmp_path)
@@ -229,18 +239,52 @@ def test_report(kernel, tmp_path, monkeypatch):
     """Default against tuned in one table, with TVM's own; a plot; a gain that is there."""
     monkeypatch.setattr(generic, "KNOBS", {"lanes": (400, 1)})
     tuned(tmp_path / "records", trials=2)
-    with one_worker() as worker:
-        lookup = Lookup(TARGET, [tmp_path / "records"], HERE)
-        at = report.Measuring(worker, find_linker(TARGET), 2**16, "both", lookup)
-        rows = list(report.measure([make_task()], at))
-    path = report.write(tmp_path / "out", "planted", rows, "both", None)
-    text = path.read_text()
+    rows, text = reported(tmp_path, [make_task()])
     assert rows[0].gain("both").low > 1
     assert "| int8_matmul | N=32 K=24 | 1 |" in text and "| record |" in text
     assert "One shape an op: nothing to transfer." in text
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
     kernels = json.loads((tmp_path / "out" / "report.json").read_text())["kernels"]
     assert kernels[0]["seconds"].keys() == {"tvm", "default", "tuned"}
+
+
+def reported(folder: Path, tasks: list[Task]) -> tuple[list[report.Row], str]:
+    """What a report finds by folder/records, and its page in folder/out."""
+    with one_worker() as worker:
+        lookup = Lookup(TARGET, [folder / "records"], HERE)
+        at = report.Measuring(worker, find_linker(TARGET), 2**16, "both", lookup)
+        rows = list(report.measure(tasks, at))
+    return rows, page.write(folder / "out", "planted", rows, "both", None).read_text()
+
+
+def test_report_moves_choices_where_every_default_stays(kernel, tmp_path, monkeypatch):
+    """The quickest besides it of each shape, on the other: one is slower, one cannot be built."""
+
+    def refusing(n, k, target, *, lanes=1):
+        if n == 48 and lanes == 60:
+            raise ValueError("no 60 lanes of 48")
+        return planted(n, k, target, lanes=lanes)
+
+    monkeypatch.setattr(generic, "kernel", refusing)
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (1, 400, 60)})
+    tasks = [make_task(32), make_task(48)]
+    _, text = reported(tmp_path, tasks)
+    assert "Nothing besides the defaults was measured" in text
+    tuned(tmp_path / "records", tasks=tasks, trials=4)
+    rows, text = reported(tmp_path, tasks)
+    assert [row.choice for row in rows] == [task.default for task in tasks]
+    moved = [{shape: dict(m.choice.knobs) for shape, m in row.moved.items()} for row in rows]
+    assert moved[0] == moved[1] == {"N=32 K=24": {"lanes": 60}, "N=48 K=24": {"lanes": 400}}
+    assert "2 choices moved to another shape: 0 quicker, 1 slower, 0 neither, 1 not run." in text
+    refused = "not built: no 60 lanes of 48"
+    assert f"| N=48 K=24 | N=32 K=24 | generic lanes=60 | {refused} | |" in text
+    assert "| N=32 K=24 | itself | generic lanes=60 | 0." in text
+
+
+def test_report_tells_what_hangs(kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(generic, "KNOBS", {"fault": (CRASH, NONE)})
+    with pytest.raises(BuildError, match=r"report: int8_matmul N=32 K=24 .*: crash: SIGABRT"):
+        reported(tmp_path, [make_task()])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +297,7 @@ def test_whole_models_gain_is_judged_too(slowest, expected):
         build: [[{"test": "tg64", "tokens_per_second": speed}] for speed in of]
         for build, of in {"default": speeds, "tuned": tuned}.items()
     }
-    assert expected in report.bench_table(found)[-1]
+    assert expected in page.bench_table(found)[-1]
 
 
 @pytest.fixture(scope="module")
