@@ -9,15 +9,16 @@
     python -m compiler.records prune PATH --final            and the search: to ship, not to resume
 
 A root holds <target>/<machine>/ directories. Nothing is written before everything that is read
-has been checked; a directory is replaced in one step. Exit code 2: refused, in one line.
+has been checked; a directory is replaced in one step, by one process at a time (what compiler.tune
+writes to is refused). Exit code 2: refused, in one line.
 """
 
 import argparse
-import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from rich.table import Table
 from command_line import Parser
 from compiler.config import BuildError
 from compiler.tuning import store
+from compiler.tuning.disk import RecordError, held
 from compiler.tuning.lookup import default_roots, user_root, winners
 from compiler.tuning.machine import cpu_identity, tvm_version
 
@@ -35,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         arguments.run(arguments)
+    except KeyboardInterrupt:
+        tell("interrupted; every directory is whole, as it was or as it was to be")
+        return 130
     except OSError as error:
         return refuse(f"{error.filename or 'records'}: {error.strerror or error}")
     except BuildError as error:
@@ -42,8 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def tell(line: str) -> None:
+    print(f"compiler.records: {' '.join(line.split())}", file=sys.stderr)
+
+
 def refuse(problem: str) -> int:
-    print(f"compiler.records: {' '.join(problem.split())}", file=sys.stderr)
+    tell(problem)
     return 2
 
 
@@ -85,7 +94,11 @@ def list_(arguments: argparse.Namespace) -> None:
     table = Table("target", "processor", "threads", "TVM", "kernels", "records", "where", box=None)
     for root in roots:
         for path in store.find_directories(root):
-            directory = read(path)
+            try:
+                directory = read(path)
+            except RecordError as error:  # the others are listed all the same
+                tell(str(error))
+                continue
             machine = directory.machine
             table.add_row(
                 directory.target,
@@ -136,17 +149,27 @@ def merge(arguments: argparse.Namespace) -> None:
     print(f"{add(sources, arguments.into)} records added to {arguments.into}")
 
 
-def add(sources: Iterable[store.Directory], root: Path) -> int:
+def add(sources: Sequence[store.Directory], root: Path) -> int:
     """Those records of `sources` that `root` does not have; how many they were."""
-    added = 0
-    for source in sources:
-        path = root / source.target / source.machine.slug
-        known = read(path) if (path / store.MACHINE).exists() else replace(source, records=())
-        merged = union(known, source)
-        if new := len(merged.records) - len(known.records):
-            store.write(merged, path)
-            added += new
-    return added
+    with ExitStack() as stack:
+        for path in sorted({place(source, root) for source in sources}):
+            stack.enter_context(held(path))
+        before, after = {}, {}
+        for source in sources:
+            path = place(source, root)
+            if path not in after:
+                is_there = (path / store.MACHINE).exists()
+                before[path] = after[path] = read(path) if is_there else replace(source, records=())
+            after[path] = union(after[path], source)
+        added = {path: len(after[path].records) - len(before[path].records) for path in after}
+        for path, count in added.items():
+            if count:
+                store.write(after[path], path)
+        return sum(added.values())
+
+
+def place(source: store.Directory, root: Path) -> Path:
+    return root / source.target / source.machine.slug
 
 
 def union(first: store.Directory, second: store.Directory) -> store.Directory:
@@ -174,15 +197,20 @@ def export(arguments: argparse.Namespace) -> None:
     found = [read(path) for path in directories(root)]
     target = arguments.file.absolute()
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with open(handle, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
-            for directory in found:
-                for part in (store.MACHINE, store.WORKLOADS, store.RECORDS):
-                    inside = Path(directory.target) / directory.path.name / part
-                    archive.add(directory.path / part, str(inside))
-        os.replace(name, target)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            whole = Path(scratch) / "archive"
+            with tarfile.open(whole, "w:gz") as archive:
+                for directory in found:
+                    inside = Path(directory.target) / directory.path.name
+                    for part in (store.MACHINE, store.WORKLOADS, store.RECORDS):
+                        if (file := directory.path / part).exists():
+                            archive.add(file, str(inside / part))
+            whole.replace(target)
     except OSError as error:
-        raise BuildError(f"{arguments.file}: cannot write ({error.strerror})") from error
+        raise BuildError(
+            f"{arguments.file}: cannot write ({error.strerror}); possible: a file's name, "
+            "where there is room"
+        ) from error
     print(f"{sum(len(directory.records) for directory in found)} records to {arguments.file}")
 
 
@@ -194,23 +222,32 @@ def import_(arguments: argparse.Namespace) -> None:
                 archive.extractall(scratch, filter="data")
         except (tarfile.TarError, EOFError) as error:
             raise BuildError(f"{arguments.file}: not an exported file ({error})") from error
-        sources = [read(path) for path in directories(Path(scratch), arguments.file)]
-        for source in sources:
-            if source.problems:
-                problem = source.problems[0].replace(scratch, str(arguments.file))
-                raise BuildError(f"{problem}; nothing is imported")
+        paths = directories(Path(scratch), arguments.file)
+        try:
+            sources = [store.read(path) for path in paths]
+            if problems := [problem for source in sources for problem in source.problems]:
+                raise RecordError(problems[0])
+        except RecordError as error:
+            problem = str(error).replace(scratch, str(arguments.file))
+            raise BuildError(f"{problem}; nothing is imported") from error
         print(f"{add(sources, root)} records added to {root}")
 
 
 def prune(arguments: argparse.Namespace) -> None:
     paths = [arguments.path] if (arguments.path / store.MACHINE).exists() else []
-    for path in paths or directories(arguments.path):
-        directory = read(path)
-        kept = [r for r in useful(directory) if r.race or not arguments.final]
-        dropped = len(directory.records) - len(kept)
-        print(f"{dropped} of {len(directory.records)} records dropped, {len(kept)} kept: {path}")
-        if dropped and not arguments.dry_run:
-            store.write(replace(directory, records=tuple(kept)), path)
+    with ExitStack() as stack:
+        paths = paths or list(directories(arguments.path))
+        if not arguments.dry_run:
+            for path in paths:
+                stack.enter_context(held(path))
+        for directory in [read(path) for path in paths]:
+            kept = [r for r in useful(directory) if r.race or not arguments.final]
+            all_, bad = len(directory.records), len(directory.problems)
+            dropped = all_ - len(kept)
+            if (dropped or bad) and not arguments.dry_run:
+                store.write(replace(directory, records=tuple(kept)), directory.path)
+            aside = f", {bad} lines set aside in *{store.DAMAGED}" if bad else ""
+            print(f"{dropped} of {all_} records dropped, {len(kept)} kept{aside}: {directory.path}")
 
 
 def useful(directory: store.Directory) -> list[store.Record]:
@@ -240,7 +277,7 @@ def read(path: Path) -> store.Directory:
     """Bad lines are told, and left out of what is written anew."""
     directory = store.read(path)
     if directory.problems:
-        print(f"compiler.records: {store.summary(directory.problems)}", file=sys.stderr)
+        tell(store.summary(directory))
     return directory
 
 

@@ -11,15 +11,14 @@ config.json. `compiler.build` finds the records by itself. Exit code 2: it canno
 reason in the one line on stderr; 130: interrupted, what was measured is kept.
 """
 
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import Parser
-from compiler.config import DEFAULT_MODEL, BuildError
+from compiler.config import BuildError
+from compiler.tuning.options import TuneConfig, check, parse
 
 if TYPE_CHECKING:
     from compiler.tuning.machine import Machine
@@ -28,90 +27,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
     from schedules.targets import TargetSpec
 
-TRIALS = 200
-MINUTES = 20.0
-WEIGH = ("both", "decode", "prefill")
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """What is asked of one run."""
-
-    model: str = DEFAULT_MODEL
-    variant: str | None = None
-    target: str = "native"
-    trials: int = TRIALS
-    minutes: float = MINUTES
-    ops: tuple[str, ...] = ()
-    weigh: str = "both"
-    records: Path | None = None
-    threads: int | None = None
-    rpc: str | None = None
-    key: str | None = None
-    cold_mib: int | None = None
-    resume: bool = False
-    report: bool = False
-    output: Path = Path("tune-report")
-
-
-def parse(argv: list[str] | None) -> TuneConfig:
-    parser = Parser(prog="python -m compiler.tune", description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="NAME|DIR",
-        help="a shipped model, a known configuration or a directory with config.json "
-        "(default: %(default)s)",
-    )
-    add("--variant", metavar="VARIANT", help="tune the shapes as a4.8, b1.58 or llama")
-    add(
-        "--target",
-        default="native",
-        metavar="TARGET",
-        help="a row of schedules/targets.py, or native, the best one for this CPU (the default)",
-    )
-    add("--trials", type=int, default=TRIALS, help="candidates in all (default: %(default)s)")
-    add(
-        "--minutes",
-        type=float,
-        default=MINUTES,
-        help="after which no new candidates are tried (default: %(default)s)",
-    )
-    add("--ops", nargs="+", default=(), metavar="OP", help="only these ops (default: all)")
-    add(
-        "--weigh",
-        default="both",
-        choices=WEIGH,
-        help="what counts: a decode step, a prompt of 128 tokens, or a prompt and 128 steps "
-        "(the default)",
-    )
-    add(
-        "--records",
-        type=Path,
-        metavar="DIR",
-        help="where records are kept (default: this user's, which compiler.build reads)",
-    )
-    add("--threads", type=int, help="of a kernel (default: all CPUs that may be used)")
-    add("--rpc", metavar="HOST:PORT", help="an RPC tracker; measure on the servers of --key")
-    add("--key", help="the servers' key at the tracker")
-    add(
-        "--cold-mib",
-        type=int,
-        metavar="MIB",
-        help="copies of the weights in turn (default: the last-level cache and a half)",
-    )
-    add("--resume", action="store_true", help="take up the records that are there")
-    add("--report", action="store_true", help="measure what tuning gained; table and plot")
-    add(
-        "--output",
-        type=Path,
-        default=Path("tune-report"),
-        metavar="DIR",
-        help="of --report (default: %(default)s)",
-    )
-    values = vars(parser.parse_args(argv))
-    return TuneConfig(**values | {"ops": tuple(values["ops"])})
+LOOPBACK = "127.0.0.1"
 
 
 def find_config(config: TuneConfig, target: "TargetSpec") -> "ModelConfig":
@@ -154,46 +70,30 @@ def find_target(name: str) -> "TargetSpec":
         raise BuildError(str(error)) from error
 
 
-def check(config: TuneConfig) -> None:
-    """What can be refused before anything is imported."""
-    if not config.minutes > 0:
-        raise BuildError(f"minutes: asked for {config.minutes:g}; possible: above 0")
-    counts = {"trials": config.trials, "threads": config.threads, "cold-mib": config.cold_mib}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise BuildError(f"{name}: asked for {value}; possible: 1 and more")
-    if (config.rpc is None) != (config.key is None):
-        raise BuildError("rpc: --rpc HOST:PORT and --key KEY go together")
-    if config.report:
-        check_report(config)
-
-
-def check_report(config: TuneConfig) -> None:
-    """What would be found out only after everything is measured."""
-    if config.records is not None and not config.records.is_dir():
-        raise BuildError(f"records: asked for {config.records}; possible: a directory of records")
-    place = config.output.absolute()
-    while not place.exists():
-        place = place.parent
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise BuildError(
-            f"output: asked for {config.output}, cannot write to {place}; possible: --output DIR"
-        )
-
-
 def parse_rpc(config: TuneConfig) -> "Rpc | None":
     from compiler.tuning.pool import Rpc
 
     if config.rpc is None:
         return None
     host, _, port = config.rpc.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise BuildError(f"rpc: asked for {config.rpc!r}; possible: HOST:PORT of a tracker")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise BuildError(
+            f"rpc: asked for {config.rpc!r}; possible: HOST:PORT of a tracker, or its PORT on the "
+            "loopback"
+        )
     assert config.key
-    return Rpc(host, int(port), config.key)
+    return Rpc(host or LOOPBACK, int(port), config.key)
 
 
-def require_runnable(target: "TargetSpec", rpc: "Rpc | None") -> None:
+def require_runnable(asked: str, target: "TargetSpec", rpc: "Rpc | None") -> None:
+    from schedules.targets import TARGETS, compute_capability
+
+    if asked == "cuda" and compute_capability() is None:
+        rows = "|".join(name for name in TARGETS if name.startswith("cuda-sm"))
+        raise BuildError(
+            "target: asked for cuda, but tuning runs the kernels and no GPU is here; possible: "
+            f"on the GPU's own host, or --rpc HOST:PORT --key KEY with --target {rows}"
+        )
     if rpc is None and not target.runs_here():
         raise BuildError(
             f"target: {target.name} does not run on this host; "
@@ -231,7 +131,7 @@ class Site:
 def open_site(config: TuneConfig, stack: ExitStack) -> Site:
     """Everything about the place that can be refused is, before the first measurement."""
     target, rpc = find_target(config.target), parse_rpc(config)
-    require_runnable(target, rpc)
+    require_runnable(config.target, target, rpc)
 
     from compiler import toolchain
     from compiler.tuning import machine
@@ -258,13 +158,18 @@ def tune(config: TuneConfig) -> Path:
     with ExitStack() as stack:
         site = open_site(config, stack)
 
+        from compiler.tuning.disk import held
         from compiler.tuning.live import showing
         from compiler.tuning.lookup import user_root
         from compiler.tuning.session import Session, Settings
         from compiler.tuning.store import Writer
 
         tasks = choose_tasks(config, find_config(config, site.target), site.target)
+        path = (config.records or user_root()) / site.target.name / site.machine.slug
+        stack.enter_context(held(path))
         writer = Writer(config.records or user_root(), site.target.name, site.machine)
+        if writer.problems:
+            print(f"records: {writer.problems}", file=sys.stderr)
         settings = Settings(
             config.trials,
             config.weigh,
@@ -327,7 +232,7 @@ def has_weights(config: TuneConfig) -> bool:
 def main(argv: list[str] | None = None) -> int:
     from compiler.build import watch_interrupts
 
-    config = parse(argv)
+    config = parse(argv, (__doc__ or "").split("\n")[0])
     interrupted = watch_interrupts()
     try:
         check(config)

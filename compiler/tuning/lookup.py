@@ -11,6 +11,7 @@ from pathlib import Path
 
 from compiler.kernels import Recorded, Sizes
 from compiler.tuning import store
+from compiler.tuning.disk import RecordError
 from compiler.tuning.machine import Machine, this_machine
 from schedules.targets import TargetSpec
 
@@ -38,7 +39,7 @@ class Lookup:
         exact: list[store.Directory] = []
         nearest: list[store.Directory] = []
         for root in roots:
-            for directory in self._readable(root / target.name):
+            for directory in self._readable(root, target.name):
                 same = directory.machine == self._machine
                 (exact if same else nearest).append(directory)
         nearest.sort(key=lambda found: self._machine.likeness(found.machine), reverse=True)
@@ -60,12 +61,12 @@ class Lookup:
         for directory in self._directories:
             yield [record for record in directory.records if record.key == key]
 
-    def _readable(self, row: Path) -> Iterator[store.Directory]:
+    def _readable(self, root: Path, row: str) -> Iterator[store.Directory]:
         """Those below a row of a root that can be read and are of this version of TVM."""
-        for path in sorted(row.glob(f"*/{store.MACHINE}")):
+        for path in store.find_directories(root, row):
             try:
-                directory = store.read(path.parent)
-            except store.RecordError as error:
+                directory = store.read(path)
+            except RecordError as error:
                 self.notes.append(str(error))
                 continue
             if directory.machine.tvm != self._machine.tvm:
@@ -75,7 +76,7 @@ class Lookup:
                 )
                 continue
             if directory.problems:
-                self.notes.append(store.summary(directory.problems))
+                self.notes.append(store.summary(directory))
             yield directory
 
 

@@ -1,7 +1,8 @@
 """Recall: what the records hold of a task, for a session that goes on where another stopped.
 
 A record of the search carries its share, the candidate's time over the default's in the same
-rounds: the seconds of two sessions do not compare, their shares do.
+rounds: the seconds of two sessions do not compare, their shares do. Those of another mix, which
+has other numbers of rows, do not count.
 """
 
 from collections.abc import Sequence
@@ -44,15 +45,23 @@ def current(task: Task, records: Sequence[Record], version: str) -> list[Record]
 
 def recall(task: Task, known: Sequence[Record], weigh: str) -> Recalled:
     """Of `current` records."""
-    shares = {r.choice: r.share for r in known if r.share is not None and not r.race}
+    rows = set(task.rows(weigh))
+    searched: dict[Choice, set[int]] = {}
+    for record in known:
+        if record.share is not None and not record.race:
+            searched.setdefault(record.choice, set()).add(record.rows)
+    shares = {
+        r.choice: r.share
+        for r in known
+        if r.share is not None and not r.race and searched[r.choice] == rows
+    }
     failed = {r.choice for r in known if r.result != store.OK}
     last = max((r.race for r in known if r.chosen), default=0)
     race: dict[Choice, dict[int, Sequence[float]]] = {}  # seconds by rows
     for record in known:
         if last and record.race == last:
             race.setdefault(record.choice, {})[record.rows] = record.seconds
-    rows = set(task.rows(weigh))
-    if task.default not in race or any(rows - times.keys() for times in race.values()):
+    if task.default not in race or any(times.keys() != rows for times in race.values()):
         return Recalled(shares, failed)
     chosen = next(r.choice for r in known if r.chosen and r.race == last)
     costs = {choice: task.costs(times, weigh) for choice, times in race.items()}

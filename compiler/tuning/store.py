@@ -6,7 +6,8 @@
 
 `ms.database.JSONDatabase` opens both; `space.py` says what a trace holds. Reading here needs no
 TVM, so that a build, a listing or a merge is quick and tells which line is bad. A record is
-appended whole or not at all: what a full disk cut off is taken back.
+appended whole or not at all (disk.py): what a full disk cut off is taken back. Who writes holds the
+directory (disk.held).
 """
 
 import json
@@ -14,15 +15,13 @@ import math
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compiler.config import BuildError
 from compiler.kernels import Choice
+from compiler.tuning.disk import NEW, RecordError, append, read_lines, staged, write_whole
 from compiler.tuning.machine import Machine
 
 WORKLOADS, RECORDS = "database_workload.json", "database_tuning_record.json"
@@ -35,10 +34,6 @@ ROW = re.compile(r"\w+(-\w+)*")  # how the name of a target row looks
 # what reading JSON of another structure may raise
 NO_RECORD = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 FAILED_SECONDS = 1e10  # what MetaSchedule writes for a candidate that was not measured
-
-
-class RecordError(BuildError):
-    """Records that cannot be read or written; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +70,24 @@ class Directory:
     problems: tuple[str, ...] = ()  # lines that are none, each told in one line
 
 
-def find_directories(root: Path) -> list[Path]:
-    """Of machines, below a root of records."""
-    return sorted(path.parent for path in root.glob(f"*/*/{MACHINE}"))
+def find_directories(root: Path, row: str = "*") -> list[Path]:
+    """Of machines, below a root of records; also those without all of their files."""
+    found = (path for name in (MACHINE, RECORDS) for path in root.glob(f"{row}/*/{name}"))
+    return sorted({path.parent for path in found if path.parent.suffix != NEW})
 
 
 def read(path: Path) -> Directory:
     """RecordError where the directory holds no records; a bad line among good ones is a problem."""
     target, machine = read_machine(path)
-    workloads = read_lines(path / WORKLOADS)
-    problems, records = [], []
+    workloads, records = read_lines(path / WORKLOADS), []
+    hashes = [hash_of(line) for line in workloads]
+    problems = [
+        f"{path / WORKLOADS}:{number}: not a workload of MetaSchedule's"
+        for number, known in enumerate(hashes, 1)
+        if known is None
+    ]
     for number, line in enumerate(read_lines(path / RECORDS), 1):
-        record = parse(line, len(workloads))
+        record = parse(line, hashes)
         if isinstance(record, Record):
             records.append(record)
         else:
@@ -103,7 +104,10 @@ def read_machine(path: Path) -> tuple[str, Machine]:
             raise ValueError(values["target"])
         return values["target"], Machine.from_dict(values["machine"])
     except FileNotFoundError as error:
-        raise RecordError(f"{path}: no records: {MACHINE} is missing") from error
+        raise RecordError(
+            f"{path}: no {MACHINE}; possible: a machine's directory, as compiler.records list "
+            "names it"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path / MACHINE}: cannot be read ({error})") from error
     except RecordError:
@@ -112,22 +116,23 @@ def read_machine(path: Path) -> tuple[str, Machine]:
         raise RecordError(f"{path / MACHINE}: is not what compiler.tune writes") from error
 
 
-def read_lines(path: Path) -> list[str]:
-    """Whole lines; none where the file is missing."""
+def hash_of(line: str) -> str | None:
+    """A workload's; None where the line is none."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: cannot be read ({error})") from error
+        name, code = json.loads(line)
+    except NO_RECORD:
+        return None
+    return name if isinstance(name, str) and isinstance(code, str) else None
 
 
-def parse(line: str, workloads: int) -> Record | str:
-    """A record of one of so many workloads, or why the line is none."""
+def parse(line: str, hashes: Sequence[str | None]) -> Record | str:
+    """A record of one of the workloads, or why the line is none."""
     try:
         record = parse_record(line)
-        if not 0 <= record.workload < workloads:
-            raise ValueError(f"workload {record.workload} of {workloads}")
+        if not 0 <= record.workload < len(hashes):
+            raise ValueError(f"of workload {record.workload + 1}, {WORKLOADS} has {len(hashes)}")
+        if hashes[record.workload] is None:
+            raise ValueError(f"of {WORKLOADS}:{record.workload + 1}, which is none")
         return record
     except NO_RECORD as error:
         return str(error) if type(error) is ValueError else type(error).__name__
@@ -183,13 +188,16 @@ def choice_of(facts: dict[str, Any]) -> Choice:
     return Choice(facts["family"], tuple(knobs))
 
 
-def summary(problems: Sequence[str]) -> str:
-    more = len(problems) - 1
-    return problems[0] + (f", and {more} more such lines" if more else "")
+def summary(directory: Directory) -> str:
+    """Its problems in one line."""
+    more = len(directory.problems) - 1
+    lines = directory.problems[0] + (f", and {more} more such lines" if more else "")
+    mend = f"python -m compiler.records prune {directory.path}"
+    return f"{lines}: not used, the others are; possible: {mend}, which sets such lines aside"
 
 
 class Writer:
-    """Adds records to the directory of a machine, which it makes if there is none."""
+    """Adds records to the directory of a machine, which it makes if there is none; to be held."""
 
     def __init__(self, root: Path, target: str, machine: Machine) -> None:
         self.path = root / target / machine.slug
@@ -203,64 +211,45 @@ class Writer:
         if not (self.path / MACHINE).exists():
             facts = {"format": FORMAT, "target": target, "machine": asdict(machine)}
             write_whole(self.path / MACHINE, json.dumps(facts, indent=1) + "\n")
-        for name in (WORKLOADS, RECORDS):
-            mend_tail(self.path / name)
-        self._workloads = [json.loads(line) for line in read_lines(self.path / WORKLOADS)]
+        mend_tails(self.path)
+        found = read(self.path)
+        self.problems = summary(found) if found.problems else ""
+        # The next workload would become that of a record which lost its own.
+        named = [workload_of(line) for line in read_lines(self.path / RECORDS)]
+        if max(named, default=-1) >= len(found.workloads):
+            write(found, self.path)
+        self._hashes = [hash_of(line) for line in read_lines(self.path / WORKLOADS)]
 
     def add(self, workload: list, records: Iterable[list]) -> None:
         """`as_json()` of a MetaSchedule workload and of tuning records of it."""
-        hashes = [known[0] for known in self._workloads]
-        if workload[0] not in hashes:
+        if workload[0] not in self._hashes:
             append(self.path / WORKLOADS, [json.dumps(workload)])
-            self._workloads.append(workload)
-            hashes.append(workload[0])
-        index = hashes.index(workload[0])
+            self._hashes.append(workload[0])
+        index = self._hashes.index(workload[0])
         append(self.path / RECORDS, [json.dumps([index, record]) for record in records])
 
 
-def append(path: Path, lines: Sequence[str]) -> None:
-    """All lines, on the disk when this returns; none of them where that fails."""
-    size = path.stat().st_size if path.exists() else 0
+def mend_tails(path: Path) -> None:
+    """Ends last lines without an end, of a process that was killed. What is no record goes to a
+    file beside it; a workload stays where it is, as records count its line."""
+    for file in (path / WORKLOADS, path / RECORDS):
+        if not file.exists() or not (data := file.read_bytes()) or data.endswith(b"\n"):
+            continue
+        start = data.rfind(b"\n") + 1
+        tail = data[start:].decode("utf-8", "backslashreplace")
+        if file.name == RECORDS and workload_of(tail) < 0:
+            append(file.with_suffix(DAMAGED), [tail])
+            os.truncate(file, start)
+        else:
+            append(file, [""])
+
+
+def workload_of(line: str) -> int:
+    """That a record names; -1 where the line is none."""
     try:
-        with path.open("ab", buffering=0) as file:
-            data = "".join(f"{line}\n" for line in lines).encode()
-            while data:
-                data = data[file.write(data) :]
-            os.fsync(file.fileno())
-    except OSError as error:
-        if path.exists():
-            os.truncate(path, size)
-        raise RecordError(
-            f"{path}: cannot write ({error.strerror}); the {size} bytes before are kept; "
-            "possible: free space, then --resume"
-        ) from error
-
-
-def mend_tail(path: Path) -> None:
-    """A last line without an end, of a process that was killed, goes to a file beside it."""
-    if not path.exists() or not (data := path.read_bytes()) or data.endswith(b"\n"):
-        return
-    whole = data.rfind(b"\n") + 1
-    append(path.with_suffix(DAMAGED), [data[whole:].decode(errors="replace")])
-    os.truncate(path, whole)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces the file in one step, or leaves it as it was."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot write ({error.strerror})") from error
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's is private
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise RecordError(f"{path}: cannot write ({error.strerror}); it is as it was") from error
+        return parse_record(line).workload
+    except NO_RECORD:
+        return -1
 
 
 def write(directory: Directory, path: Path) -> None:
@@ -286,32 +275,16 @@ def keep_rest(path: Path, stage: Path) -> None:
     for file in path.iterdir():
         if file.name not in (MACHINE, WORKLOADS, RECORDS):
             shutil.copy2(file, stage)
-    workloads = len(read_lines(path / WORKLOADS))
+    workloads = read_lines(path / WORKLOADS)
+    hashes = [hash_of(line) for line in workloads]
+    keep_lines(
+        stage / WORKLOADS,
+        [line for line, known in zip(workloads, hashes, strict=True) if known is None],
+    )
     lines = read_lines(path / RECORDS)
-    if rest := [line for line in lines if isinstance(parse(line, workloads), str)]:
-        append((stage / RECORDS).with_suffix(DAMAGED), rest)
+    keep_lines(stage / RECORDS, [line for line in lines if isinstance(parse(line, hashes), str)])
 
 
-@contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `path` when the block ends without an exception."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
-    except OSError as error:
-        raise RecordError(f"{path}: cannot write beside it ({error.strerror})") from error
-    old = stage.with_suffix(".old")
-    try:
-        yield stage
-        stage.chmod(0o755)  # mkdtemp's is private
-        try:
-            if path.exists():
-                path.rename(old)
-            stage.rename(path)
-        except BaseException:  # an interrupt, too
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+def keep_lines(file: Path, lines: Sequence[str]) -> None:
+    if lines:
+        append(file.with_suffix(DAMAGED), lines)

@@ -81,8 +81,8 @@ def table(rows: Sequence["Row"], weigh: str) -> list[str]:
         return ["One shape an op: nothing to transfer."]
     if not any(row.moved for row in rows):
         return [
-            "Nothing besides the defaults was measured of these kernels: nothing to transfer. "
-            "`python -m compiler.tune` measures other choices."
+            f"Nothing besides the defaults was measured of these kernels for `--weigh {weigh}`: "
+            "nothing to transfer. `python -m compiler.tune` measures other choices."
         ]
     lines, counts = [], {"quicker": 0, "slower": 0, "neither": 0, "not run": 0}
     for row in rows:

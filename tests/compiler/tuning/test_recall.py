@@ -50,3 +50,12 @@ def test_last_race(task):
     assert found.quickest() == [lanes(2), task.default]
     cut_off = [r for r in known if r.rows == 1]
     assert recall(task, cut_off, "both").chosen is None
+    assert recall(task, known, "decode").chosen is None  # of both, in which another may win
+
+
+def test_shares_of_another_mix_do_not_count(task):
+    """A decode step's say nothing of prompts; where both were measured, the last counts."""
+    decode = [replace(MEASURED, choice=lanes(value), share=0.5) for value in (2, 4)]
+    both = [replace(MEASURED, choice=lanes(4), rows=rows, share=0.9) for rows in (1, 128)]
+    assert recall(task, [*decode, *both], "both").shares == {lanes(4): 0.9}
+    assert recall(task, decode, "decode").shares == {lanes(2): 0.5, lanes(4): 0.5}

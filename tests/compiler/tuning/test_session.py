@@ -27,6 +27,7 @@ from compiler.tuning.machine import Machine
 from compiler.tuning.pool import Rpc, Worker, count_servers
 from compiler.tuning.tasks import Task
 from model.config import MODELS
+from schedules import targets
 from schedules.int8_matmul import generic
 from schedules.targets import TARGETS, find
 
@@ -383,6 +384,7 @@ REFUSED = {
     "rpc alone": (["--rpc", "127.0.0.1:9190"], "rpc: --rpc HOST:PORT and --key KEY go together"),
     "rpc": (["--rpc", "nowhere", "--key", "k"], "rpc: asked for 'nowhere'; possible: HOST:PORT"),
     "tracker": (["--rpc", "127.0.0.1:1", "--key", "k"], "rpc: no tracker at 127.0.0.1:1"),
+    "loopback": (["--rpc", "1", "--key", "k"], "rpc: no tracker at 127.0.0.1:1"),
     "gpu": (["--target", "cuda-sm90"], "target: cuda-sm90 does not run on this host; possible"),
     "machine": (["--target", "arm-neon"], "target: arm-neon does not run on this host; possible"),
 }
@@ -394,6 +396,15 @@ def test_refused_in_one_line(options, message, capsys, tmp_path):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"compiler.tune: {message}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [[], ["--rpc", "127.0.0.1:1", "--key", "k"]], ids=["", "rpc"])
+def test_no_gpu(options, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(targets, "compute_capability", lambda: None)
+    assert tune.main(["--target", "cuda", "--records", str(tmp_path), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "asked for cuda, but tuning runs the kernels and no GPU is here; possible: " in line
+    assert "--rpc HOST:PORT --key KEY with --target cuda-sm80|" in line and "fat" not in line
 
 
 def test_report_of_no_records(tmp_path, capsys):

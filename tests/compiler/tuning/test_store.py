@@ -4,14 +4,19 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from compiler import records
+from compiler import records, tune
 from compiler.kernels import Choice
 from compiler.tuning import store
+from compiler.tuning.disk import RecordError, held
 from compiler.tuning.lookup import Lookup
 from compiler.tuning.machine import Machine, this_machine
 from schedules.targets import TARGETS
@@ -66,7 +71,7 @@ def test_round_trip(tmp_path):
     "damage",
     [
         *("not json", "[]", "[0, [[[], []], [1], {}, []]]", '{"a": 1}', "[" * 10**5),
-        json.dumps([5, line()]),
+        json.dumps([-1, line()]),
         json.dumps([math.inf, line()]),
         json.dumps([0, [line()[0], [], *line()[2:]]]),
         json.dumps([0, [line()[0], [math.nan], *line()[2:]]]),
@@ -103,9 +108,9 @@ def test_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 
     writer = store.Writer(tmp_path, TARGET.name, HERE)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(store.RecordError, match=r"cannot write \(No space left on device\)"):
+    with pytest.raises(RecordError, match=r"cannot write \(No space left on device\)"):
         writer.add(WORKLOAD, [line(2), line(1)])
-    with pytest.raises(store.RecordError, match="No space left"):
+    with pytest.raises(RecordError, match="No space left"):
         store.write(store.read(path), path)
     assert (path / store.RECORDS).read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -122,7 +127,7 @@ def test_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 )
 def test_bad_machine_file(tmp_path, content, message):
     (tmp_path / store.MACHINE).write_text(content)
-    with pytest.raises(store.RecordError, match=message):
+    with pytest.raises(RecordError, match=message):
         store.read(tmp_path)
 
 
@@ -164,7 +169,84 @@ def test_unreadable_directory_does_not_stop_a_build(tmp_path):
     path = filled(tmp_path, line(1, race=1, chosen=1))
     (path / store.RECORDS).write_bytes(b"\xff\xfe\x00")
     lookup = Lookup(TARGET, [tmp_path], HERE)
-    assert list(lookup("int8_matmul", SIZES)) == [] and "cannot be read" in lookup.notes[0]
+    assert list(lookup("int8_matmul", SIZES)) == []
+    assert f"{path / store.RECORDS}:1: not a record of this project" in lookup.notes[0]
+    (path / store.RECORDS).unlink()
+    (path / store.RECORDS).mkdir()
+    (note,) = Lookup(TARGET, [tmp_path], HERE).notes
+    assert note == f"{path / store.RECORDS}: cannot be read (Is a directory)"
+
+
+OTHER = ["456", "other"]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"foreign", b'["123", "co', b"[1, 2]", b"\xff\xfe\x00", b"", b"{}"], ids=range(6)
+)
+def test_bad_workload_is_told_and_the_others_are_used(tmp_path, damage, capsys):
+    """Its file and line; its records are passed over and nothing is lost."""
+    path = filled(tmp_path, line(1, race=1, chosen=1))
+    store.Writer(tmp_path, TARGET.name, HERE).add(OTHER, [line(2, race=2)])
+    workloads, records_ = path / store.WORKLOADS, path / store.RECORDS
+    _, second = workloads.read_bytes().splitlines()
+    workloads.write_bytes(damage + b"\n" + second + b"\n")
+    before = records_.read_bytes()
+    lookup = Lookup(TARGET, [tmp_path], HERE)
+    assert list(lookup("int8_matmul", SIZES)) == []
+    (note,) = lookup.notes
+    assert note.startswith(f"{workloads}:1: not a workload of MetaSchedule's, and 1 more such line")
+    assert f"possible: python -m compiler.records prune {path}" in note
+    store.Writer(tmp_path, TARGET.name, HERE).add(WORKLOAD, [line(4, race=3, chosen=1)])
+    assert records_.read_bytes().startswith(before)
+    assert [(r.workload, r.race) for r in store.read(path).records] == [(1, 2), (2, 3)]
+    assert command("prune", path, "--dry-run") == 0 and records_.read_bytes().startswith(before)
+    assert command("prune", path) == 0
+    assert "2 lines set aside in *.damaged" in capsys.readouterr().out
+    directory = store.read(path)
+    assert not directory.problems and [r.race for r in directory.records] == [3]
+    assert [json.loads(text)[0] for text in directory.workloads] == ["123"]
+    assert len(workloads.with_suffix(".damaged").read_text().splitlines()) == 1
+    assert '"sizes"' in records_.with_suffix(".damaged").read_text()
+
+
+def test_torn_workload_stays_in_its_line(tmp_path):
+    """Else the next workload would become that of its records. A whole one only gets its end."""
+    path = filled(tmp_path, line(1))
+    workloads = path / store.WORKLOADS
+    whole = workloads.read_text()
+    workloads.write_text(whole.rstrip())
+    filled(tmp_path, line(2))
+    assert workloads.read_text() == whole and len(store.read(path).records) == 2
+    with workloads.open("a") as file:
+        file.write('["456", "ot')
+    store.Writer(tmp_path, TARGET.name, HERE).add(OTHER, [line(4)])
+    directory = store.read(path)
+    assert [record.workload for record in directory.records] == [0, 0, 2]
+    assert directory.problems == (f"{workloads}:2: not a workload of MetaSchedule's",)
+
+
+def test_whole_last_record_is_kept(tmp_path):
+    path = filled(tmp_path, line(1))
+    (path / store.RECORDS).write_text((path / store.RECORDS).read_text().rstrip())
+    filled(tmp_path, line(2))
+    assert len(store.read(path).records) == 2
+
+
+@pytest.mark.parametrize(
+    "left, first", [("", store.RECORDS), ('["123", "co', store.WORKLOADS)], ids=["none", "torn"]
+)
+def test_records_that_lost_their_workload_are_set_aside(tmp_path, left, first):
+    """By who writes next, whose workload would else become theirs."""
+    path = filled(tmp_path, line(1))
+    store.Writer(tmp_path, TARGET.name, HERE).add(OTHER, [line(4)])
+    (path / store.WORKLOADS).write_text(left)
+    writer = store.Writer(tmp_path, TARGET.name, HERE)
+    assert writer.problems.startswith(f"{path / first}:1: not a ")
+    writer.add(["789", "third"], [line(2)])
+    directory = store.read(path)
+    assert [dict(r.choice.knobs)["streams"] for r in directory.records] == [2]
+    assert not directory.problems
+    assert len((path / store.RECORDS).with_suffix(".damaged").read_text().splitlines()) == 2
 
 
 def command(*arguments) -> int:
@@ -196,6 +278,37 @@ def test_export_and_import(tmp_path, capsys):
     assert "2 records added" in capsys.readouterr().out
 
 
+def test_export_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
+    path, place = filled(tmp_path / "root", line(1)), tmp_path / "place"
+    place.mkdir()
+    assert command("export", place, "--records", tmp_path / "root") == 2
+    assert command("export", place / "no" / "file", "--records", tmp_path / "root") == 2
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile.TarFile, "add", full)
+    assert command("export", place / "file", "--records", tmp_path / "root") == 2
+    monkeypatch.undo()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(
+        f"compiler.records: {place}: cannot write (Is a directory); possible"
+    )
+    assert "file: cannot write (No such file or directory)" in lines[1]
+    assert "file: cannot write (No space left on device)" in lines[2] and len(lines) == 3
+    assert {entry.name for entry in tmp_path.iterdir()} == {"root", "place"}
+    assert not list(place.iterdir())
+    (path / store.RECORDS).unlink()
+    assert command("export", place / "file", "--records", tmp_path / "root") == 0
+    assert (place / "file").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_import_refuses_a_foreign_file(tmp_path, capsys):
     (tmp_path / "text").write_text("no archive")
     assert command("import", tmp_path / "text", "--records", tmp_path / "root") == 2
@@ -205,7 +318,9 @@ def test_import_refuses_a_foreign_file(tmp_path, capsys):
     assert command("export", tmp_path / "bad.tar.gz", "--records", tmp_path / "root") == 0
     capsys.readouterr()
     assert command("import", tmp_path / "bad.tar.gz", "--records", tmp_path / "there") == 2
-    assert "nothing is imported" in capsys.readouterr().err and not (tmp_path / "there").exists()
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"compiler.records: {tmp_path}/bad.tar.gz/") and "nothing is" in told
+    assert not (tmp_path / "there").exists()
 
 
 def test_prune_keeps_what_a_build_can_use(tmp_path, capsys):
@@ -272,6 +387,75 @@ def test_list_and_show(tmp_path, capsys):
     assert command("show", path) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "int8_matmul K=64 N=32 eps=1e-05 generic streams=2 1: 2000 2 1" in shown
+
+
+def test_list_goes_on_after_a_bad_directory(tmp_path, capsys):
+    bad = filled(tmp_path, line(1))
+    (bad / store.MACHINE).write_text("{")
+    without = filled(tmp_path, line(1), machine=replace(HERE, threads=3))
+    (without / store.MACHINE).unlink()
+    good = filled(tmp_path, line(1), machine=replace(HERE, threads=4))
+    assert command("list", "--records", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert str(good) in out and str(bad) not in out and str(without) not in out
+    assert sorted(err.splitlines()) == sorted(
+        [
+            f"compiler.records: {bad / store.MACHINE}: is not what compiler.tune writes",
+            f"compiler.records: {without}: no machine.json; possible: a machine's directory, as "
+            "compiler.records list names it",
+        ]
+    )
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from compiler.tuning.disk import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_writer_at_a_time(tmp_path, capsys, monkeypatch):
+    """Who comes second is refused and changes nothing; a holder that is killed holds no more."""
+    root, more, file = tmp_path / "root", tmp_path / "more", tmp_path / "file.tar.gz"
+    path = filled(root, line(1), line(2, result="crash: SIGSEGV"))
+    filled(more, line(4))
+    assert command("export", file, "--records", more) == 0
+    before = (path / store.RECORDS).read_bytes()
+    machine = SimpleNamespace(target=TARGET, machine=HERE, workers=[], cold_bytes=0, linker="")
+    monkeypatch.setattr(tune, "open_site", lambda *_: machine)
+    monkeypatch.setattr(tune, "choose_tasks", lambda *_: [])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        capsys.readouterr()
+        assert command("prune", root) == command("merge", more, "--into", root) == 2
+        assert command("import", file, "--records", root) == 2
+        assert tune.main(["--model", "tiny", "--records", str(root)]) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 4 and all(f"{path}: another compiler.tune or " in t for t in told)
+        assert command("prune", root, "--dry-run") == 0 and command("list", "--records", root) == 0
+        assert (path / store.RECORDS).read_bytes() == before
+    finally:
+        holder.kill()
+        holder.wait()
+    assert command("prune", root) == command("merge", more, "--into", root) == 0
+    assert len(store.read(path).records) == 2
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_killed_between_the_renames(tmp_path):
+    """The next one that writes takes the old directory up, and the half-made one away."""
+    path = filled(tmp_path, line(1))
+    path.rename(path.with_name(f".{path.name}.1234.old"))
+    path.with_name(f".{path.name}.1234.new").mkdir()
+    with held(path):
+        assert len(store.read(path).records) == 1
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize(
