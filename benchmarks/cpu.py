@@ -21,17 +21,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu_page import OURS, Row, plot, show_row, table
 from benchmarks.worker import Worker, WorkerError
 from command_line import Parser
 from runtime.artifact import Artifact
 from runtime.errors import ArtifactError
 
 HERE = Path(__file__).resolve().parent
-OURS, PEERS = "ours", ("TQ2_0", "TQ1_0")
+PEERS = ("TQ2_0", "TQ1_0")  # llama.cpp's ternary formats
 READ = "read"  # the streaming read, in a process of its own
 STREAM_BYTES = 1 << 29
 COLD_BYTES = 300e6  # that the copies of a kernel's weights take: past every cache
@@ -44,29 +45,6 @@ DECODE_STEPS = 16
 GROUPS = ("model", "context", "kernels")
 
 
-@dataclass
-class Row:
-    """One measurement of several engines. Samples are seconds; `amount` of `unit` was done in
-    each, at least `floor` bytes had to be read for it. `bandwidth` is the streaming read's, in
-    bytes/s, between those samples; 0 where no time was taken for it."""
-
-    group: str
-    test: str
-    threads: int
-    amount: float
-    unit: str
-    samples: dict[str, list[float]]
-    floor: dict[str, float] = field(default_factory=dict)
-    bandwidth: float = 0
-
-    def rate(self, engine: str) -> float:
-        return self.amount / statistics.median(self.samples[engine])
-
-    def spread(self, engine: str) -> tuple[float, float]:
-        found = self.samples[engine]
-        return self.amount / max(found), self.amount / min(found)
-
-
 class Bench:
     """The workers and what has been measured."""
 
@@ -77,7 +55,7 @@ class Bench:
         self.reader.ask("prepare", kind="stream", nbytes=STREAM_BYTES)
         self.workers = {OURS: Worker(OURS, sys.executable, HERE / "cpu_worker.py")}
         if options.peer_python:
-            for kind in PEERS:
+            for kind in options.peers:
                 script = HERE / "llama_cpp_peer.py"
                 self.workers[kind] = Worker(kind, options.peer_python, script)
         self.shape = json.loads((options.artifact / "config.json").read_text(encoding="utf-8"))
@@ -116,7 +94,7 @@ class Bench:
         bandwidth = STREAM_BYTES / statistics.median(reads[1:]) if reads else 0
         row = Row(group, test, threads, amount, unit, samples, floor, bandwidth)
         self.rows.append(row)
-        print(show_row(self, row), file=sys.stderr)
+        print(show_row(self.workers, row), file=sys.stderr)
 
     def kernel(
         self, test: str, amount: float, unit: str, ask: dict[str, dict], share: float = 0
@@ -247,36 +225,6 @@ def measure_context(bench: Bench) -> None:
         bench.measure("context", f"tg at {position}", threads, DECODE_STEPS, "token", ask, {})
 
 
-def show_row(bench: Bench, row: Row) -> str:
-    """A line of the table."""
-    cells = [row.group, row.test, str(row.threads)]
-    for name in bench.workers:
-        if name not in row.samples:
-            cells.append("")
-            continue
-        low, high = row.spread(name)
-        cells.append(f"{row.rate(name):.4g} ({low:.4g}-{high:.4g}) {row.unit}/s")
-    for name in bench.workers:
-        if name != OURS:
-            both = name in row.samples
-            cells.append(f"{row.rate(OURS) / row.rate(name):.2f}" if both else "")
-    share = ""
-    if row.floor:
-        seconds = statistics.median(row.samples[OURS])
-        share = f"{row.floor[OURS] / seconds / row.bandwidth:.0%}"
-    return "| " + " | ".join([*cells, share]) + " |"
-
-
-def table(bench: Bench) -> str:
-    engines = list(bench.workers)
-    heads = ["group", "test", "threads", *engines]
-    heads += [f"ours / {name}" for name in engines if name != OURS] + ["ours of the streaming read"]
-    facts = host_facts(bench)
-    lines = [f"{key}: {value}  " for key, value in facts.items()]
-    lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join([*lines, *(show_row(bench, row) for row in bench.rows)]) + "\n"
-
-
 def host_facts(bench: Bench) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -292,47 +240,15 @@ def host_facts(bench: Bench) -> dict[str, Any]:
     }
 
 
-def plot(bench: Bench, folder: Path) -> None:
-    """threads.png, context.png, bytes.png; those for which there are rows."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("benchmarks.cpu: no plots: matplotlib is not installed", file=sys.stderr)
-        return
-    decode = [r for r in bench.rows if r.group == "model" and r.test.startswith("tg")]
-    deep = [r for r in bench.rows if r.group == "context"]
-    for name, rows, label in (("threads", decode, "threads"), ("context", deep, "context, tokens")):
-        if not rows:
-            continue
-        axes = Figure(figsize=(6, 4)).subplots()
-        for engine in bench.workers:
-            x = [r.threads if name == "threads" else int(r.test.split()[-1]) for r in rows]
-            axes.plot(x, [r.rate(engine) for r in rows], marker="o", label=engine)
-        axes.set(xlabel=label, ylabel="decoded tokens/s", ylim=(0, None))
-        axes.legend()
-        axes.figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    if decode:
-        last = decode[-1]
-        axes = Figure(figsize=(6, 4)).subplots()
-        engines = list(bench.workers)
-        floor = [last.floor[e] / last.amount / 1e6 for e in engines]
-        spent = [last.bandwidth / last.rate(e) / 1e6 for e in engines]
-        places = range(len(engines))
-        axes.bar([p - 0.2 for p in places], floor, 0.4, label="weights a token needs")
-        axes.bar([p + 0.2 for p in places], spent, 0.4, label="what memory gives in its time")
-        axes.set(xticks=list(places), xticklabels=engines, ylabel="MB a token")
-        axes.legend()
-        axes.figure.savefig(folder / "bytes.png", dpi=150, bbox_inches="tight")
-
-
 def write(bench: Bench) -> None:
     folder = bench.options.output
-    text = table(bench)
+    facts = host_facts(bench)
+    text = table(facts, bench.workers, bench.rows)
     (folder / "cpu.md").write_text(text, encoding="utf-8")
-    found = {"host": host_facts(bench), "versions": bench.versions}
+    found = {"host": facts, "versions": bench.versions}
     found["rows"] = [asdict(row) for row in bench.rows]
     (folder / "cpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    plot(bench, folder)
+    plot(bench.workers, bench.rows, folder)
     print(text, end="")
 
 
@@ -348,6 +264,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.cpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("artifact", type=Path, help="an artifact directory of compiler.build")
     parser.add_argument("--peer-python", metavar="PATH", help="a Python with llama-cpp-python")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, metavar="FORMAT")
     parser.add_argument("-o", "--output", type=Path, default=Path("results"), metavar="DIR")
     parser.add_argument(
         "-t", "--threads", type=whole_numbers, default=sorted({1, cpus}), metavar="N,N"

@@ -4,11 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import cpu
+from benchmarks import cpu, cpu_page
 from benchmarks.worker import Worker, WorkerError
 
 ECHO = """
@@ -68,9 +67,8 @@ def test_refusals(tmp_path, options, problem):
 
 def test_table_has_medians_ranges_ratios_and_the_share_of_the_bandwidth():
     samples = {"ours": [1.0, 2.0, 4.0], "TQ2_0": [4.0, 4.0, 8.0]}
-    row = cpu.Row("model", "tg8", 2, 8, "token", samples, {"ours": 10.0, "TQ2_0": 10.0}, 20.0)
-    bench = SimpleNamespace(workers=dict.fromkeys(samples))
-    cells = [cell.strip() for cell in cpu.show_row(bench, row).strip("| ").split("|")]
+    row = cpu_page.Row("model", "tg8", 2, 8, "token", samples, {"ours": 10.0, "TQ2_0": 10.0}, 20.0)
+    cells = [cell.strip() for cell in cpu_page.show_row(samples, row).strip("| ").split("|")]
     ours, peer = "4 (2-8) token/s", "2 (1-2) token/s"
     assert cells == ["model", "tg8", "2", ours, peer, "2.00", "25%"]
     json.dumps(cpu.asdict(row))
