@@ -10,6 +10,7 @@ cuda   | copied once, at load | written into the same tensors | copied back
 import math
 import mmap
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,13 @@ from runtime.errors import ArtifactError, RuntimeRefusal
 
 PAGE_BYTES = 4096
 REASON = 200  # characters of what TVM says that are passed on
+CAPTURED = ("decode", "decode_one")  # steps that are graphs: compiler/passes/capture_decode.py
 Wanted = Sequence[tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of each tensor
+
+
+def shortened(error: object) -> str:
+    """The end of what TVM says, in one line."""
+    return " ".join(str(error).split())[-REASON:]
 
 
 class Device(Protocol):
@@ -39,6 +46,10 @@ class Device(Protocol):
 
     def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
         """Whether the next call of `step` is the first of its row count, and will be captured."""
+
+    @property
+    def takes_memory_at_once(self) -> bool:
+        """Whether first steps take memory of constant size, which later ones find there."""
 
     def fetch(self, tensor: Any) -> np.ndarray:
         """A tensor's values, valid until the next step."""
@@ -84,6 +95,10 @@ class Cpu:
     def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
         return False
 
+    @property
+    def takes_memory_at_once(self) -> bool:
+        return False
+
     def fetch(self, tensor: Any) -> np.ndarray:
         return tvm_runtime.view(tensor)
 
@@ -112,54 +127,73 @@ class Cuda:
                 f"capability {capability}; possible: build with --target cuda on this host"
             )
         self.handle = self._gpu.device
-        self._inputs: dict[tuple, list[Any]] = {}
+        self._inputs: dict[str, dict[tuple, Inputs]] = {}  # of a step, by the rows
         self._parts: dict[str, int] = {}
-        self._written: dict[tuple, list[np.ndarray]] = {}  # what they hold
+        self._taken = 0  # bytes of tensors that stay
 
     def require(self, parts: dict[str, int]) -> None:
         self._parts = dict(parts)
-        free = self._gpu.available_memory
+        free = self._free()
         if free is not None and sum(parts.values()) > free:
             raise RuntimeRefusal(self._too_little())
 
+    def _free(self) -> int | None:
+        """Bytes, beside what this process took; None where the driver does not tell."""
+        try:
+            return self._gpu.available_memory
+        except RuntimeError as error:  # the driver's own share, without which it tells nothing
+            if is_out_of_memory(str(error)):
+                return 0
+            raise ArtifactError(f"device: the GPU cannot be used: {shortened(error)}") from error
+
     def _too_little(self) -> str:
-        free = self._gpu.available_memory
+        free = self._free()
         needs = ", ".join(f"{name} {host.show_bytes(size)}" for name, size in self._parts.items())
+        taken = f" beside {host.show_bytes(self._taken)} of them" if self._taken else ""
         return (
             f"GPU memory: {host.show_bytes(sum(self._parts.values()))} needed ({needs}), "
-            f"{'an unknown part' if free is None else host.show_bytes(free)} free; possible: fewer "
-            "slots, a shorter context, fewer kv-bits, or to end what else runs on the GPU"
+            f"{'an unknown part' if free is None else host.show_bytes(free)} free{taken}; "
+            "possible: fewer slots, a shorter context, fewer kv-bits, or to end what else runs on "
+            "the GPU"
         )
 
     def place(self, arrays: Iterable[np.ndarray]) -> list[Any]:
+        return [self._tensor(array, stays=True) for array in arrays]
+
+    def _tensor(self, array: np.ndarray, stays: bool) -> Any:
         try:
-            return [self._gpu.tensor(array) for array in arrays]
+            tensor = self._gpu.tensor(array)
         except (RuntimeError, MemoryError) as error:  # another process was quicker
-            reason = " ".join(str(error).split())[-REASON:]
-            refusal = self.why(reason) or f"device: cannot place a tensor on the GPU: {reason}"
-            raise RuntimeRefusal(refusal) from error
+            refusal = self.why(str(error))
+            reason = f"device: cannot place a tensor on the GPU: {shortened(error)}"
+            raise RuntimeRefusal(refusal or reason) from error
+        self._taken += array.nbytes if stays else 0
+        return tensor
 
     def zeros(self, wanted: Wanted) -> list[Any]:
         return self.place(np.zeros(shape, dtype) for dtype, shape in wanted)
 
     def inputs(self, step: str, arrays: Sequence[np.ndarray]) -> list[Any]:
-        key = self._key(step, arrays)
-        if key not in self._inputs:
-            self._inputs[key] = self.place(arrays)
+        """Those of a captured step stay, for every row count; of others, those of the last call."""
+        known, rows = self._inputs.setdefault(step, {}), row_counts(arrays)
+        if rows not in known:
+            if step not in CAPTURED:
+                known.clear()
+            known[rows] = Inputs([self._tensor(array, stays=False) for array in arrays])
         else:
-            before = self._written[key]
-            for tensor, array, old in zip(self._inputs[key], arrays, before, strict=True):
+            held = known[rows]
+            for tensor, array, old in zip(held.tensors, arrays, held.values, strict=True):
                 if not np.array_equal(array, old):  # a copy waits for the GPU
                     self._gpu.write(tensor, array)
-        self._written[key] = [array.copy() for array in arrays]
-        return self._inputs[key]
+        known[rows].values = [array.copy() for array in arrays]
+        return known[rows].tensors
 
     def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
-        return self._key(step, arrays) not in self._inputs
+        return row_counts(arrays) not in self._inputs.get(step, {})
 
-    @staticmethod
-    def _key(step: str, arrays: Sequence[np.ndarray]) -> tuple:
-        return (step, *(len(array) for array in arrays))
+    @property
+    def takes_memory_at_once(self) -> bool:
+        return True
 
     def fetch(self, tensor: Any) -> np.ndarray:
         return self._gpu.read(tensor)
@@ -168,13 +202,31 @@ class Cuda:
         """What the pool holds is of constant size (compiler/passes/bound_rows.py) and stays."""
 
     def why(self, reason: str) -> str | None:
-        lower = reason.lower()
-        if "captur" in lower:
+        if is_out_of_memory(reason):
+            return self._too_little()
+        if "captur" in reason.lower():
             return (
                 "decode: the step cannot be captured as a CUDA graph, because its pool of memory "
-                f"had to grow meanwhile: {reason}; possible: build it again"
+                f"had to grow meanwhile: {shortened(reason)}; possible: build it again"
             )
-        return self._too_little() if "out of memory" in lower else None
+        return None
+
+
+@dataclass
+class Inputs:
+    """Of a step, for one number of rows."""
+
+    tensors: list[Any]
+    values: list[np.ndarray] = field(default_factory=list)  # what they hold
+
+
+def row_counts(arrays: Sequence[np.ndarray]) -> tuple[int, ...]:
+    return tuple(map(len, arrays))
+
+
+def is_out_of_memory(reason: str) -> bool:
+    """Whether TVM says so: as CUDA's runtime, or by the name of the driver's error."""
+    return "out of memory" in reason.lower().replace("_", " ")
 
 
 def runs_on(arch: str, capability: str, has_ptx: bool) -> bool:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from runtime import host, tvm_runtime
 from runtime.artifact import Artifact
-from runtime.device import REASON, open_device
+from runtime.device import open_device, shortened
 from runtime.errors import ArtifactError, RuntimeRefusal, require_whole
 from runtime.generation import Generation
 from runtime.kv_cache import KVCache
@@ -49,6 +49,13 @@ class Engine:
                 self._functions[name] = function
         self._parameters = artifact.parameters(self._device)
         tvm_runtime.use_threads(threads)
+        if self._device.takes_memory_at_once:
+            self._take_memory()
+
+    def _take_memory(self) -> None:
+        """A prompt and a step of one row, so that what is missing is told now, not amid a text."""
+        self._append([0], 0, 0, [0])
+        self.decode([0], [0], [0])
 
     @classmethod
     def load(
@@ -230,12 +237,12 @@ class Engine:
                 tvm_runtime.fill_pool(self._module, f"{name}_kv{self.kv_bits}", arguments)
             return self._functions[name](*arguments)
         except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
-            reason = " ".join(str(error).split())[-REASON:]
-            if refusal := self._device.why(reason):
+            if refusal := self._device.why(str(error)):
                 raise RuntimeRefusal(refusal) from error
             raise ArtifactError(
-                f"artifact {self.artifact.path}: its library refuses the parameters or caches "
-                f"that artifact.json and config.json describe: {reason}; possible: build it again"
+                f"artifact {self.artifact.path}: its library refuses the parameters or caches that "
+                f"artifact.json and config.json describe: {shortened(error)}; possible: build it "
+                "again"
             ) from error
 
     def _check_sequence(self, token_ids: Sequence[int], start: int) -> None:

@@ -55,11 +55,16 @@ class CompiledModel:
         return self._step(caches, name, tokens, slots, positions)
 
     def _step(self, caches: "Caches", name: str, *inputs) -> np.ndarray:
-        arrays = [np.asarray(a, np.int64) for a in inputs]
-        arguments = [*self.device.inputs(name, arrays), caches.compiled, self.params]
-        full_name = f"{name}_kv{caches.bits}"
-        tvm_runtime.fill_pool(caches.vm, full_name, arguments)
+        full_name, arguments = f"{name}_kv{caches.bits}", self.arguments(caches, name, *inputs)
+        call = full_name, len(inputs[0])
+        if call not in caches.captured:
+            tvm_runtime.fill_pool(caches.vm, full_name, arguments)
+            caches.captured.add(call)
         return self.device.fetch(caches.vm[full_name](*arguments))
+
+    def arguments(self, caches: "Caches", name: str, *inputs) -> list:
+        arrays = [np.asarray(a, np.int64) for a in inputs]
+        return [*self.device.inputs(name, arrays), caches.compiled, self.params]
 
     def reference_prefill(self, caches: "Caches", tokens, slots, positions, rows) -> np.ndarray:
         arrays = [torch.tensor(a) for a in (tokens, slots, positions, rows)]
@@ -83,6 +88,7 @@ class Caches:
     torch: list[torch.Tensor]
     bits: int
     compiled: list = field(init=False)
+    captured: set = field(default_factory=set)  # steps that ran, by name and rows
 
     def __post_init__(self) -> None:
         self.device = self.model.device

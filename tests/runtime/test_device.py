@@ -98,8 +98,12 @@ def test_memory_that_is_gone_when_it_is_asked_for(fake_gpu, monkeypatch):
     def full(array):
         raise RuntimeError("InternalError: CUDA: out of memory")
 
+    gpu.place([np.zeros(1000)])
     monkeypatch.setattr(found, "tensor", full)
-    with pytest.raises(RuntimeRefusal, match=r"GPU memory: 537 MB needed \(weights 537 MB\)"):
+    with pytest.raises(
+        RuntimeRefusal,
+        match=r"GPU memory: 537 MB needed \(weights 537 MB\), 1\.07 GB free beside 8 kB of them",
+    ):
         gpu.place([np.zeros(1)])
 
 
@@ -107,6 +111,7 @@ def test_memory_that_is_gone_when_it_is_asked_for(fake_gpu, monkeypatch):
     "reason, refusal",
     [
         ("CUDA: out of memory", "GPU memory: 0 B needed"),
+        ("cuLaunchKernel: CUDA_ERROR_OUT_OF_MEMORY", "GPU memory: 0 B needed"),
         ("operation not permitted when stream is capturing", "decode: the step cannot be captured"),
         ("expects 3 arguments", None),
     ],
@@ -129,6 +134,29 @@ def test_inputs_keep_their_tensors(fake_gpu):
     assert [tensor.tolist() for tensor in again] == [[3, 4], [5, 6]]
     assert gpu.inputs("decode", [np.array([1]), np.array([1])])[0] is not first[0]
     assert gpu.inputs("prefill", [np.array([1, 2]), np.array([0, 1])])[0] is not first[0]
+
+
+def test_inputs_of_prompts_do_not_pile_up(fake_gpu):
+    """Nothing knows their addresses: a length that comes back gets new ones."""
+    fake_gpu()
+    gpu = Cuda(["sm_90a"])
+    one = gpu.inputs("prefill", [np.array([1])])[0]
+    assert gpu.inputs("prefill", [np.array([2])])[0] is one and one.tolist() == [2]
+    gpu.inputs("prefill", [np.array([1, 2])])
+    assert gpu.inputs("prefill", [np.array([3])])[0] is not one
+
+
+def test_a_driver_without_memory_of_its_own(fake_gpu, monkeypatch):
+    """The first question to a full GPU fails."""
+    fake_gpu()
+    gpu = Cuda(["sm_90a"])
+
+    def full(_):
+        raise RuntimeError("CUDAError: cuInit failed with error: CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(FakeGpu, "available_memory", property(full), raising=False)
+    with pytest.raises(RuntimeRefusal, match=r"GPU memory: 1\.07 GB needed .* 0 B free; possible"):
+        gpu.require({"weights": GIB})
 
 
 def test_cpu_refuses_more_than_the_system_maps():

@@ -6,17 +6,20 @@ from tvm import relax
 
 from compiler.kernels import using
 from compiler.passes.bound_rows import MAX_ROWS, bound_rows
-from compiler.passes.capture_decode import RUN_OR_CAPTURE, capture_decode
+from compiler.passes.capture_decode import CACHED_ALLOC, RUN_OR_CAPTURE, capture_decode
+from compiler.passes.record_workspace import is_storage
 from schedules.targets import TARGETS
 
 MODULE = """
 m = TypeVar("m")
 @I.ir_module
 class Module:
-    @R.function
+    @R.function(pure=False)
     def decode_kv3(tokens: R.Tensor((m,), "int64"), caches: R.Tuple(R.Tensor((4,), "float32"))
                    ) -> R.Tensor((m,), "int64"):
-        y = R.add(tokens, tokens)
+        storage = R.memory.alloc_storage(R.shape([2048]), 0, "global", "uint8")
+        x = R.memory.alloc_tensor(storage, 0, R.shape([m]), "int64")
+        y = R.add(tokens, x)
         return y
     @R.function
     def prefill_kv3(tokens: R.Tensor((m,), "int64")) -> R.Tensor((m,), "int64"):
@@ -34,7 +37,7 @@ def test_decode_replays_a_graph_of_its_step(module):
     with using(TARGETS["cuda-sm90"]):
         after = capture_decode(module)
     names = sorted(gv.name_hint for gv in after.get_global_vars())
-    assert names == ["decode_kv3", "decode_kv3_step", "prefill_kv3"]
+    assert names == ["decode_kv3", "decode_kv3_memory", "decode_kv3_step", "prefill_kv3"]
     inputs, call = (binding.value for binding in after["decode_kv3"].body.blocks[0].bindings)
     builtin, arguments = call.args
     assert builtin.global_symbol == RUN_OR_CAPTURE
@@ -44,6 +47,23 @@ def test_decode_replays_a_graph_of_its_step(module):
     assert key.values[0].same_as(after["decode_kv3"].params[0].ty.shape[0])
     relax.analysis.well_formed(after)  # raises if it is not
     tvm.ir.assert_structural_equal(after["prefill_kv3"], module["prefill_kv3"])
+
+
+def test_a_step_keeps_its_memory(module):
+    """What a graph writes to is not the pool's, which may give it back to the system."""
+    with using(TARGETS["cuda-sm90"]):
+        after = capture_decode(module)
+    values = {name: bound(after[f"decode_kv3_{name}"]) for name in ("memory", "step")}
+    assert [is_storage(value) for value in values["memory"]] == [True, False]
+    kept, storage, *_ = values["step"]
+    assert kept.args[0].global_symbol == CACHED_ALLOC
+    assert kept.args[1].fields[0].name_hint == "decode_kv3_memory"
+    assert isinstance(storage, relax.TupleGetItem) and storage.index == 0
+    assert not any(map(is_storage, values["step"]))
+
+
+def bound(func: relax.Function) -> list[relax.Expr]:
+    return [binding.value for block in func.body.blocks for binding in block.bindings]
 
 
 def test_rows_are_bounded(module):
