@@ -196,6 +196,8 @@ def export(arguments: argparse.Namespace) -> None:
     root = arguments.records or user_root()
     found = [read(path) for path in directories(root)]
     target = arguments.file.absolute()
+    if target.exists() and not target.is_file():  # a device or pipe would be replaced
+        raise BuildError(f"{arguments.file}: is no file; possible: a file's name")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             whole = Path(scratch) / "archive"
@@ -208,8 +210,7 @@ def export(arguments: argparse.Namespace) -> None:
             whole.replace(target)
     except OSError as error:
         raise BuildError(
-            f"{arguments.file}: cannot write ({error.strerror}); possible: a file's name, "
-            "where there is room"
+            f"{arguments.file}: cannot write ({error.strerror}); possible: a place with room"
         ) from error
     print(f"{sum(len(directory.records) for directory in found)} records to {arguments.file}")
 

@@ -94,7 +94,8 @@ class Session:
         self.say: Callable[[], None] = lambda: None  # called when the progress changes
         self.records = writer.path
         self.progress = [Progress(task) for task in tasks]
-        self.started = time.monotonic()
+        self._ends = time.monotonic() + 60 * settings.minutes
+        self._searching, self._made = 0.0, 0  # since when, and how many trials were made since
         self._workers, self._writer, self._settings = workers, writer, settings
         self._model = make_model(tasks)
         self._known = store.read(writer.path).records if settings.resume else ()
@@ -108,17 +109,19 @@ class Session:
                 folder.mkdir()
                 under_way.append(self._begin(progress, folder))
             self._share_out(under_way)
-            left, ends = 1.0, self.started + 60 * self._settings.minutes
+            left, self._searching = 1.0, time.monotonic()
             for tuned in sorted(under_way, key=lambda t: t.progress.share, reverse=True):
                 now = time.monotonic()
-                self._tune(tuned, now + (ends - now) * tuned.progress.share / left)
+                self._tune(tuned, now + (self._ends - now) * tuned.progress.share / left)
                 left = max(1e-9, left - tuned.progress.share)
 
     def seconds_left(self) -> float | None:
-        """By the trials made so far; None before the first."""
-        done = sum(p.trials for p in self.progress)
+        """By the trials made so far, until the time is up at most; None before the first."""
+        if not self._made:
+            return None
+        now = time.monotonic()
         left = sum(p.allotted - p.trials for p in self.progress if p.state != "done")
-        return (time.monotonic() - self.started) / done * left if done else None
+        return max(0.0, min((now - self._searching) / self._made * left, self._ends - now))
 
     def _show(self, progress: Progress, state: str) -> None:
         progress.state = state
@@ -255,6 +258,7 @@ class Session:
             share = tuned.cost.get(choice) if own else None
             records += self._records(tuned, choice, own, {"result": result}, share)
             progress.trials += 1
+            self._made += 1
         self._writer.add(self._workload(tuned), records)
         tuned.search.learn(learnt)
 

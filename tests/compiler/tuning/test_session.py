@@ -222,6 +222,23 @@ def test_default_that_is_the_best_stays(kernel, tmp_path, monkeypatch):
     assert dict(recorded.choice.knobs) == {"lanes": 1}
 
 
+def test_time_left(kernel, tmp_path, monkeypatch):
+    """None before a trial is made, not by those of an earlier session, never above the minutes."""
+    monkeypatch.setattr(session, "BATCH", 1)
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (60, 30, 10, 1)})
+    tuned(tmp_path, trials=1)
+    seen: dict[int, float | None] = {}
+
+    def look(running):
+        (progress,) = running.progress
+        allotted, progress.allotted = progress.allotted, 10**6
+        seen.setdefault(progress.trials, running.seconds_left())
+        progress.allotted = allotted
+
+    tuned(tmp_path, look, trials=3, resume=True, minutes=0.5)
+    assert seen[0] is seen[1] is None and 0 < seen[2] <= 30
+
+
 def test_time_is_up(kernel, tmp_path, monkeypatch):
     """No candidate is tried after it; the final race, of what there is, takes place."""
     monkeypatch.setattr(generic, "KNOBS", {"lanes": (2, 1)})
