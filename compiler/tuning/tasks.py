@@ -153,8 +153,3 @@ def active_share(producers: list, config: ModelConfig) -> float:
     assert op
     k, columns = op.static_values(call)["k"], op.match(call).static("K")
     return k / columns if k < columns else ACTIVE[config.variant]
-
-
-def describe_uncovered(config: ModelConfig) -> str:
-    """For a model none of whose kernels leave anything open."""
-    return f"tune: {config.name} has no kernel with knobs or several families for this target"
