@@ -113,8 +113,9 @@ class Own:
                 with T.Else():
                     self._each_word(write)
 
-    def put(self, round_: Expr) -> None:
-        """Into the shared memory of the round's keys and values."""
+    def put(self, round_: Expr | int) -> None:
+        """Into the shared memory of the round's keys and values, which are there; a barrier after
+        it, before anything of them is read."""
         block, form, lane = self.block, self.block.form, self.block.lane
         row = T.bind(self.cache.position % KEYS)
 
@@ -130,8 +131,11 @@ class Own:
                     cuda.store(block.bos, self.packed[2], self.kv, lane)
             with cuda.when(lane == 0):
                 cuda.store(self.scales, self.scale[0], self.kv)
-        cuda.sync()
-        first = block.first_of(round_)
+
+    def set_scales(self, round_: Expr) -> None:
+        """Of the round's positions, the row's own among them."""
+        block = self.block
+        first, lane = block.first_of(round_), block.lane
         for i in range(4):
             is_own = first + lane + i % 2 * cuda.WARP == self.cache.position
             scale = T.if_then_else(is_own, self.scales[i // 2], block.scales[i])

@@ -1,4 +1,14 @@
-"""split_sm90's arithmetic: scores of 64 positions, their weights as bytes, the sum of values."""
+"""split_sm90's arithmetic: scores of 64 positions, their weights as bytes, the sum of values.
+
+The H warps of a block of positions share its keys and values: each unpacks 64 / H keys for all H
+heads, then weighs the scores of one head, then unpacks a share of the values' bytes for all heads.
+
+    lanes of a warp   | keys                             | values
+    lane // (32 / H)  |                                  | 64 / H positions, then the head it sums
+    lane % (32 / H)   |                                  | bytes of the warp's share of a row
+    lane // (64 / H)  | words of a key: H / 2 parts      |
+    lane % (64 / H)   | the key; H = 1: two, 32 apart    |
+"""
 
 from typing import Any
 
@@ -7,7 +17,7 @@ from tvm.script import tirx as T
 
 from schedules.attention.cuda import KEYS, LOWEST, qmax
 from schedules.attention.softmax import SMALLEST_UNIT
-from schedules.attention.split_row_sm90 import Cache, Form, Row
+from schedules.attention.split_row_sm90 import EXCHANGE_BYTES, Cache, Form, Row
 from schedules.attention.split_tile_sm90 import Tile
 from schedules.intrin import cuda
 from schedules.intrin import lanes_cuda as lanes
@@ -15,6 +25,7 @@ from schedules.intrin.exp import nearest
 from schedules.kv_append.generic import BOS_BITS
 
 QUADS = KEYS // 4  # positions of one dp4a
+P, FACTORS, OFFSETS = 4 * KEYS, 5 * KEYS, 5 * KEYS + 16  # after a head's dot products
 
 
 class Block(Tile):
@@ -22,8 +33,18 @@ class Block(Tile):
 
     def __init__(self, form: Form, cache: Cache, row: Row, readable: Expr, rank, warp, lane):
         super().__init__(form, cache, row, readable, rank, warp, lane)
-        self.state = cuda.local("float64", 2)  # peak, total
-        self.o = cuda.local("float64", form.columns * form.fields)
+        heads = form.heads
+        self.state = cuda.local("float64", 2)  # peak, total: of the warp's head
+        self.o = cuda.local("float64", form.columns * form.fields)  # of the lane's head
+        self.group, self.place = T.bind(lane // (cuda.WARP // heads)), lane % (cuda.WARP // heads)
+        self.memory = T.bind(T.cuda.cvta_generic_to_shared(self.tile.data))
+        self.exchange = T.bind(self.memory + T.uint32(form.tile_bytes))
+
+    def of_head(self, h: Expr | int, at: int) -> Expr:
+        """Where a head's value lies that the warps of a block of positions exchange. By address:
+        TVM puts barriers of the whole block where it sees accesses, and not every unit is here."""
+        head = self.unit * self.form.heads + h
+        return self.exchange + cuda.offset(head * EXCHANGE_BYTES) + T.uint32(at)
 
     def start(self) -> None:
         for i in range(self.form.columns * self.form.fields):
@@ -39,7 +60,63 @@ class Block(Tile):
             self._attend(first, count)
 
     def _attend(self, first: Expr, count: Expr) -> None:
-        dots = self._dots(first)
+        self._share_dots()
+        self._sync_unit()
+        self._weigh(first, count)
+        self._sync_unit()
+        self._add_values()
+
+    def _sync_unit(self) -> None:
+        """A barrier of the warps of a block of positions."""
+        if self.form.heads == 1:
+            T.evaluate(T.cuda.warp_sync())
+        else:
+            count = T.uint32(self.form.heads * cuda.WARP)
+            cuda.ptx("bar.sync", cuda.offset(self.unit + 1), count)
+
+    def _share_dots(self) -> None:
+        """q8 . k of every head and the warp's share of the keys, by codes that are not negative."""
+        form, heads = self.form, self.form.heads
+        keys, parts = KEYS // heads, max(1, heads // 2)
+        halves, count = 2 // min(heads, 2), form.plane // 4
+        part = T.bind(self.lane // keys * (count // parts)) if parts > 1 else 0
+        own = T.bind(self.h * keys + self.lane % keys)
+        dots = cuda.local("int32", heads * halves)
+        for i in range(heads * halves):
+            cuda.store(dots, T.int32(0), i)
+        with T.serial(count // parts) as step:
+            i = T.bind(part + step)
+            packed = [self._key_words(i, own + half * cuda.WARP) for half in range(halves)]
+            for f in range(form.fields):
+                codes = [T.reinterpret("int32", form.field(words, f)) for words in packed]
+                codes = [T.bind(word) for word in codes]
+                for h in range(heads):
+                    q = T.bind(self.q[h, i + f * count])
+                    for half in range(halves):
+                        at = h * halves + half
+                        cuda.store(dots, cuda.dp4a(q, codes[half], dots[at]), at)
+        for h in range(heads):
+            for half in range(halves):
+                total = T.bind(dots[h * halves + half])
+                if parts > 1:
+                    total = T.bind(total + cuda.shuffle_xor(total, keys))
+                at = self.of_head(h, 4 * half * cuda.WARP) + cuda.offset(4 * own)
+                cuda.ptx("st.shared.b32", at, T.reinterpret("uint32", total))
+
+    def _key_words(self, i: Expr, row: Expr) -> tuple[Expr, ...]:
+        """Word i of the low plane of a key; of a 3-bit row, the word of its high bits too, the bit
+        of field 0 lowest in each byte."""
+        form = self.form
+        low = T.bind(self.tile[self.at(self.unit, 0, row, i)])
+        if form.kv_bits == 4:
+            return (low,)
+        high_words = form.dim // 32
+        high = self.tile[self.at(self.unit, 0, row, form.plane // 4 + i % high_words)]
+        return low, T.bind(high >> T.cast(i // high_words, "uint32"))
+
+    def _weigh(self, first: Expr, count: Expr) -> None:
+        """The scores of the warp's head, on its peak so far, as bytes of a unit."""
+        dots = self._own_dots(first)
         scores, weights = cuda.local("float64", 2), cuda.local("float64", 2)
         is_seen = [T.bind(self.lane + half * cuda.WARP < count) for half in range(2)]
         for half in range(2):
@@ -54,74 +131,56 @@ class Block(Tile):
             e = T.bind(T.exp(scores[half] - peak))
             cuda.store(scores, T.Select(is_seen[half], e, T.float64(0)), half)
             cuda.store(weights, scores[half] * T.cast(self.scales[2 + half], "float64"), half)
+        most = lanes.max_float64(T.max(weights[0], weights[1]))
+        unit = T.bind(most * cuda.float64(1 / 255))
+        inverse = cuda.reciprocal(T.bind(T.max(unit, cuda.float64(SMALLEST_UNIT))))
+        p = [T.bind(T.cast(nearest(weights[half] * inverse), "int32")) for half in range(2)]
+        self._store_weights(first, p, rescale, unit)
         total = lanes.sum_float64(scores[0] + scores[1])
         cuda.store(self.state, self.state[1] * rescale + total, 1)
-        unit = T.bind(lanes.max_float64(T.max(weights[0], weights[1])) / T.float64(255))
-        divisor = T.bind(T.max(unit, cuda.float64(SMALLEST_UNIT)))
-        p = [T.bind(T.cast(nearest(weights[half] / divisor), "int32")) for half in range(2)]
-        self._add_values(first, p, rescale, unit)
 
-    def _dots(self, first: Expr) -> Any:
-        """q8 . k of positions first + lane and first + 32 + lane."""
-        form, dots = self.form, cuda.local("int32", 2)
-        count = form.plane // 4
+    def _own_dots(self, first: Expr) -> Any:
+        """Of positions first + lane and first + 32 + lane: the levels' sums."""
+        form, dots, word = self.form, cuda.local("int32", 2), cuda.local("uint32", 1)
+        bias = T.bind(qmax(form.kv_bits) * self.sum_q[self.h])
         for half in range(2):
-            cuda.store(dots, -qmax(form.kv_bits) * self.sum_q[self.h], half)
-        with T.serial(count) as i:
-            words = [self._key_words(i, half) for half in range(2)]
-            for f in range(form.fields):
-                q = T.bind(self.q[self.h, i + f * count])
-                for half in range(2):
-                    codes = T.reinterpret("int32", form.field(words[half], f))
-                    cuda.store(dots, cuda.dp4a(q, codes, dots[half]), half)
+            at = self.of_head(self.h, 4 * half * cuda.WARP) + cuda.offset(4 * self.lane)
+            cuda.ptx("ld.shared.b32", word[0], at)
+            cuda.store(dots, T.reinterpret("int32", word[0]) - bias, half)
         if form.kv_bits == 3:
-            with cuda.when(cuda.both(first == 0, self.lane == 0)):
-                cuda.store(dots, -qmax(BOS_BITS) * self.sum_q[self.h], 0)
-                with T.serial(form.bos_words) as i:
-                    for f in range(2):
-                        codes = self.bos[0, i] >> T.uint32(4 * f) & T.uint32(0x0F0F0F0F)
-                        q = self.q[self.h, i + f * form.bos_words]
-                        product = cuda.dp4a(q, T.reinterpret("int32", codes), dots[0])
-                        cuda.store(dots, product, 0)
+            with cuda.when(first == 0):
+                dot = self._dot_of_bos()
+                cuda.store(dots, T.Select(self.lane == 0, dot, dots[0]), 0)
         return dots
 
-    def _key_words(self, i: Expr, half: int) -> tuple[Expr, ...]:
-        """Word i of the low plane of a lane's key; of a 3-bit row, the word of its high bits too,
-        the bit of field 0 lowest in each byte."""
-        form, row = self.form, self.lane + half * cuda.WARP
-        low = T.bind(self.tile[self.at(self.unit, 0, row, i)])
-        if form.kv_bits == 4:
-            return (low,)
-        high_words = form.dim // 32
-        high = self.tile[self.at(self.unit, 0, row, form.plane // 4 + i % high_words)]
-        return low, T.bind(high >> T.cast(i // high_words, "uint32"))
+    def _dot_of_bos(self) -> Expr:
+        """Position 0 by all lanes: word i of bos holds words i and i + D/8 of the head."""
+        form, dot = self.form, cuda.local("int32", 1)
+        cuda.store(dot, T.int32(0), 0)
+        with cuda.strided(form.bos_words, self.lane, cuda.WARP) as i:
+            for f in range(2):
+                codes = self.bos[0, i] >> T.uint32(4 * f) & T.uint32(0x0F0F0F0F)
+                q = self.q[self.h, i + f * form.bos_words]
+                cuda.store(dot, cuda.dp4a(q, T.reinterpret("int32", codes), dot[0]), 0)
+        return T.bind(cuda.warp_count(dot[0]) - qmax(BOS_BITS) * self.sum_q[self.h])
 
-    def _add_values(self, first: Expr, p: list[Expr], rescale: Expr, unit: Expr) -> None:
-        """o = o * rescale + (sum of p[t] v[t]) * unit"""
-        form = self.form
-        sums = cuda.local("uint32", form.columns * form.fields)
-        for i in range(form.columns * form.fields):
-            cuda.store(sums, T.uint32(0), i)
-        bos_weight = T.int32(0)
-        if form.kv_bits == 3:  # the bos row leaves p
-            is_bos = T.bind(cuda.both(first == 0, self.lane == 0))
-            mine = T.bind(T.Select(is_bos, p[0], 0))
-            bos_weight = T.bind(cuda.shuffle(mine, 0))
-            p = [T.bind(p[0] - mine), p[1]]
-        bias = T.bind(cuda.warp_count(T.bind(p[0] + p[1])) * qmax(form.kv_bits))
-        quads = [self._quad(value) for value in p]
-        with T.serial(QUADS) as i:
-            of_half = T.Select(i < QUADS // 2, quads[0], quads[1])
-            weights = T.bind(cuda.shuffle(of_half, i % (QUADS // 2) * 4))
-            for column in range(form.columns):
-                self._add_quad(sums, weights, 4 * i, column)
-        for column in range(form.columns):
-            for f in range(form.fields):
-                at = column * form.fields + f
-                total = T.reinterpret("int32", sums[at]) - bias
-                if form.kv_bits == 3:
-                    total = total + bos_weight * self._bos_level(self.dim_of(column, f))
-                cuda.store(self.o, self.o[at] * rescale + T.cast(total, "float64") * unit, at)
+    def _store_weights(self, first: Expr, p: list[Expr], rescale: Expr, unit: Expr) -> None:
+        """What `_add_values` needs of the head; the row of bos leaves p."""
+        of_bos: Any = T.uint32(0)
+        if self.form.kv_bits == 3:
+            is_bos = T.bind(T.And(first == 0, self.lane == 0))
+            level = T.bind(T.Select(is_bos, p[0], 0))
+            p, of_bos = [T.bind(p[0] - level), p[1]], T.reinterpret("uint32", level)
+        bias = T.bind(cuda.warp_count(T.bind(p[0] + p[1])) * qmax(self.form.kv_bits))
+        for half in range(2):
+            quad = self._quad(p[half])
+            with cuda.when(self.lane % 4 == 0):
+                at = self.of_head(self.h, P + half * KEYS // 2) + cuda.offset(self.lane)
+                cuda.ptx("st.shared.b32", at, quad)
+        with cuda.when(self.lane == 0):
+            cuda.ptx("st.shared.v2.f64", self.of_head(self.h, FACTORS), rescale, unit)
+            at = self.of_head(self.h, OFFSETS)
+            cuda.ptx("st.shared.v2.b32", at, T.reinterpret("uint32", bias), of_bos)
 
     def _quad(self, p: Expr) -> Expr:
         """p of the four lanes of a group in one word."""
@@ -130,7 +189,51 @@ class Block(Tile):
             word = T.bind(word | cuda.shuffle_xor(word, step))
         return word
 
-    def _add_quad(self, sums, weights: Expr, row: Expr, column: int) -> None:
+    def _add_values(self) -> None:
+        """o = o * rescale + (sum of p[t] v[t]) * unit"""
+        form, heads = self.form, self.form.heads
+        each = form.columns * form.fields
+        sums = cuda.local("uint32", heads * each)
+        for i in range(heads * each):
+            cuda.store(sums, T.uint32(0), i)
+        quads, weights = QUADS // heads, cuda.local("uint32", heads)
+        with T.serial(quads) as step:
+            i = T.bind(self.group * quads + step)
+            for h in range(heads):
+                at = self.of_head(h, P) + cuda.offset(4 * i)
+                cuda.ptx("ld.shared.b32", weights[h], at)
+            for column in range(form.columns):
+                self._add_quad(sums, weights, 4 * i, column)
+        self._scatter(sums, each)
+        factors, offsets = cuda.local("float64", 2), cuda.local("uint32", 2)
+        at = self.of_head(self.group, 0)
+        cuda.ptx("ld.shared.v2.f64", factors[0], factors[1], at + T.uint32(FACTORS))
+        cuda.ptx("ld.shared.v2.b32", offsets[0], offsets[1], at + T.uint32(OFFSETS))
+        bias, of_bos = (T.reinterpret("int32", offsets[i]) for i in range(2))
+        for column in range(form.columns):
+            for f in range(form.fields):
+                at = column * form.fields + f
+                total = T.reinterpret("int32", sums[at]) - bias
+                if form.kv_bits == 3:
+                    total = total + of_bos * self._bos_level(self.dim_of(column, f))
+                cuda.store(
+                    self.o, self.o[at] * factors[0] + T.cast(total, "float64") * factors[1], at
+                )
+
+    def _scatter(self, sums, each: int) -> None:
+        """sums[:each] = the lane's head's, over all positions: lanes swap half of their heads for
+        the same ones of the other's."""
+        kept = self.form.heads
+        while kept > 1:
+            kept //= 2
+            lanes_apart = kept * (cuda.WARP // self.form.heads)
+            is_upper = T.bind(self.lane // lanes_apart % 2 == 1)
+            for i in range(kept * each):
+                low, high = T.bind(sums[i]), T.bind(sums[kept * each + i])
+                other = cuda.shuffle_xor(T.bind(T.Select(is_upper, low, high)), lanes_apart)
+                cuda.store(sums, T.Select(is_upper, high, low) + other, i)
+
+    def _add_quad(self, sums, weights, row: Expr, column: int) -> None:
         """sums += weights . the codes of four rows, in the lane's byte of the plane."""
         form, byte = self.form, self.byte_of(column)
         words = [self._gather(row, byte)]
@@ -139,8 +242,10 @@ class Block(Tile):
             high = self._gather(row, form.plane + byte % high_bytes)
             words.append(T.bind(high >> T.cast(byte // high_bytes, "uint32")))
         for f in range(form.fields):
-            at = column * form.fields + f
-            cuda.store(sums, cuda.dp4a_unsigned(weights, form.field(words, f), sums[at]), at)
+            codes = T.bind(form.field(words, f))
+            for h in range(form.heads):
+                at = (h * form.columns + column) * form.fields + f
+                cuda.store(sums, cuda.dp4a_unsigned(weights[h], codes, sums[at]), at)
 
     def _gather(self, row: Expr, byte: Expr) -> Expr:
         """Byte `byte` of four rows of values."""
@@ -149,8 +254,15 @@ class Block(Tile):
         low, high = (cuda.byte_permute(a, b, which) for a, b in (four[:2], four[2:]))
         return T.bind(cuda.byte_permute(low, high, 0x5410))
 
+    def is_byte(self, column: int) -> Expr:
+        """Whether the lane has a byte there."""
+        form = self.form
+        return self.place + column * (cuda.WARP // form.heads) < form.plane // form.heads
+
     def byte_of(self, column: int) -> Expr:
-        return T.min(self.lane + column * cuda.WARP, self.form.plane - 1)
+        form = self.form
+        share, lanes_of_head = form.plane // form.heads, cuda.WARP // form.heads
+        return self.h * share + T.min(self.place + column * lanes_of_head, share - 1)
 
     def dim_of(self, column: int, f: int) -> Expr:
         return self.byte_of(column) + f * self.form.plane

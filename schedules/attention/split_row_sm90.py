@@ -14,6 +14,8 @@ BLOCKS = 8  # C
 UNITS = 4  # U
 HEADS = (4, 2, 1)  # H: they divide C, so that a block's outputs are of one head
 LARGEST_TILE = 40 * 1024  # of 48 KB that a block has unasked
+STATE_BYTES = 16  # a share's peak and total, float64
+EXCHANGE_BYTES = 352  # a head's dot products, weights and factors for 64 positions
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,16 @@ class Form:
     @property
     def tile_bytes(self) -> int:
         return UNITS * 2 * KEYS * self.pitch * 4
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Behind the tile: what a unit's warps exchange."""
+        return UNITS * self.heads * EXCHANGE_BYTES
+
+    @property
+    def inbox_bytes(self) -> int:
+        """Behind that: a barrier, the cluster's states and shares of the block's outputs."""
+        return STATE_BYTES * (1 + BLOCKS) + 8 * self.heads * self.dim
 
     @property
     def fields(self) -> int:
@@ -143,8 +155,7 @@ class Row:
         form, x = self.form, cuda.local("float32", 4 * self.form.slots)
         for slot in range(form.slots):
             word = T.bind(self.word_of(slot, lane))
-            with T.vectorized(4) as j:
-                cuda.store(x, self.qkv[self.m, first + 4 * word + j], 4 * slot + j)
+            cuda.load_in_order(x, 4 * slot, self.qkv[self.m, first + 4 * word], 4)
         return x
 
     def word_of(self, slot: int, lane: Expr) -> Expr:

@@ -5,16 +5,16 @@
             for round in blocks/(C U):           the next round's loads go out before the math
                 for u in U: K[64], V[64] -> shared        positions ((round U + u) C + rank) 64 on
                 for u, h in U, H:                threadIdx.y: a warp a head and block of positions
-                    s[2] = q8 . k[t]             two positions a lane, dp4a on packed fields
-                    p[64] = softmax step         float64, warp shuffles for peak, total and unit
-                    o = o * rescale + (sum of p[t] v[t]) * unit    four rows a dp4a, bytes gathered
-        y[H, D] = sum of o on one scale          C U shares, distributed shared memory, float64
+                    s[64 / H, H] = q8 . k[t]     a share of the keys for all heads, dp4a
+                    p[64] = softmax step         of the warp's head: float64, lane reductions
+                    o = o * rescale + (sum of p[t] v[t]) * unit    a share of the values' bytes
+        y[H, D] = sum of o on one scale          U shares, then C sent within the cluster, float64
 
     tile | value | bound by
     64   |       | the definition: the positions that share a unit
     C    | 8     | the largest portable cluster: one round up to a context of 512 with one u busy
     U    | 4     | 16 warps with the four heads of a group, 4096 positions in two rounds
-    H    | 4, 2 or 1: what divides a group of heads; K and V are read once for all H
+    H    | 4, 2 or 1: what divides a group of heads; K and V are read and unpacked once for all H
 
 With `Rope` the kernel also turns q and the row's own key, and appends key and value to the cache:
 what rope and kv_append do, for the one row of a step. The block that holds the row's position then
@@ -35,7 +35,7 @@ from tvm.script import tirx as T
 
 from schedules.attention.split_append_sm90 import Own
 from schedules.attention.split_attend_sm90 import Block
-from schedules.attention.split_merge_sm90 import finish
+from schedules.attention.split_merge_sm90 import Merge
 from schedules.attention.split_row_sm90 import BLOCKS, Cache, Form, Rope, Row
 from schedules.intrin import cuda
 
@@ -50,7 +50,7 @@ def launch(form: Form, rows, qkv, words, scales, slots, positions, y, rope=None)
         cache = Cache(words, scales, (slot, T.bind(first_head // form.group)), position)
         row = Row(form, qkv, m, position)
         block = Block(form, cache, row, position if rope else position + 1, rank, warp, lane)
-        own = tables = None
+        own, tables, merge = None, None, Merge(block)
         if rope:
             block.ask(0)
             block.ask_bos()
@@ -58,9 +58,11 @@ def launch(form: Form, rows, qkv, words, scales, slots, positions, y, rope=None)
             own = Own(block)
             block.put(T.int32(0))
             block.put_bos()
+            merge.open()
             cuda.wait_for_launch()
             cuda.let_next_launch()
             own.compute(tables)
+            own.put(T.int32(0))
             with cuda.when(first_head % form.group == 0):
                 own.append()
         else:
@@ -70,6 +72,7 @@ def launch(form: Form, rows, qkv, words, scales, slots, positions, y, rope=None)
             block.ask_bos()
             block.put(T.int32(0))
             block.put_bos()
+            merge.open()
         with cuda.when(block.unit == 0):
             block.load_query(first_head + block.h, tables)
         block.start()
@@ -77,12 +80,15 @@ def launch(form: Form, rows, qkv, words, scales, slots, positions, y, rope=None)
             with cuda.when(round_ > 0):
                 cuda.sync()  # nobody reads the last round's rows any more
                 block.put(round_)
+                if own:
+                    cuda.sync()
+                    own.put(round_)
             cuda.sync()
             if own:
-                own.put(round_)
+                own.set_scales(round_)
             block.ask(round_ + 1)
             block.attend(round_)
-        finish(block, y, m, first_head)
+        merge.finish(y, m, first_head)
 
     with cuda.cluster(BLOCKS) as rank:
         with cuda.blocks(form.num_heads // form.heads, "y") as g, cuda.blocks(rows, "z") as m:

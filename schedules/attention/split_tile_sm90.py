@@ -32,7 +32,8 @@ class Tile:
         for buffer in (self.incoming, self.incoming_scales):  # for rounds that ask for nothing
             for i in range(int(buffer.shape[0])):
                 cuda.store(buffer, T.cast(0, buffer.dtype), i)
-        self.tile = cuda.shared("uint32", UNITS * 2 * KEYS * form.pitch)  # flat: TVM takes out gaps
+        size = form.tile_bytes + form.exchange_bytes + form.inbox_bytes
+        self.tile = cuda.shared("uint32", size // 4)  # flat: TVM takes out gaps
         self.bos = cuda.shared("uint32", 2, form.bos_words)
         self.q = cuda.shared("int32", form.heads, form.words)
         self.sum_q = cuda.shared("int32", form.heads)

@@ -1,7 +1,8 @@
 """Bulk copies into shared memory on Hopper: one thread asks, a barrier there counts the bytes.
 
-expect(barrier, size); copy(...), copy(...)      one thread; size is of all the copies
-wait(barrier)                                    every thread that reads what came
+make(barrier)                                    one thread, once
+expect(barrier, size); copy(...), copy(...)      size is of all the copies of a phase
+wait(barrier, phase % 2)                         every thread that reads what came
 """
 
 from tvm.ir import Expr
@@ -12,10 +13,14 @@ from schedules.intrin import cuda
 BARRIER_BYTES = 8
 
 
-def expect(barrier: Expr, size: Expr) -> None:
-    """Make a barrier of one phase, which ends when `size` bytes have come."""
+def make(barrier: Expr) -> None:
+    """For one call of `expect` a phase."""
     cuda.ptx("mbarrier.init.shared.b64", barrier, T.uint32(1))
     cuda.ptx("fence.proxy.async.shared::cta")
+
+
+def expect(barrier: Expr, size: Expr) -> None:
+    """The barrier's phase ends when `size` bytes have come."""
     cuda.ptx("mbarrier.arrive.expect_tx.shared.b64", barrier, T.cast(size, "uint32"))
 
 
@@ -25,8 +30,10 @@ def copy(destination: Expr, source: Expr, size: Expr, barrier: Expr) -> None:
     cuda.ptx(instruction, destination, source, T.cast(size, "uint32"), barrier)
 
 
-def wait(barrier: Expr) -> None:
+def wait(barrier: Expr, parity: Expr | int = 0) -> None:
+    """For the end of the phase of this parity."""
     done = cuda.local("uint32", 1)
     cuda.store(done, T.uint32(0), 0)
+    parity = T.uint32(parity) if isinstance(parity, int) else cuda.offset(parity)
     with T.While(done[0] == T.uint32(0)):
-        cuda.ptx("mbarrier.try_wait.parity.shared.b64", done[0], barrier, T.uint32(0))
+        cuda.ptx("mbarrier.try_wait.parity.shared.b64", done[0], barrier, parity)

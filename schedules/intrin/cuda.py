@@ -276,13 +276,14 @@ def load_16_bytes(registers: Buffer, first: int, address: Expr, **options) -> No
     ptx("ld.global.nc.L1::no_allocate.v4.b32", *four, address, **options)
 
 
-def load_remote(buffer: Buffer, index: Expr, rank: Expr) -> Expr:
-    """buffer[index], float64, flat, in the shared memory of another block of the cluster."""
-    address, value = local("uint32", 1), local("float64", 1)
-    own = T.cuda.cvta_generic_to_shared(buffer.data) + T.cast(index * 8, "uint32")
-    ptx("mapa.shared::cluster.u32", address[0], own, rank)
-    ptx("ld.shared::cluster.f64", value[0], address[0])
-    return T.bind(value[0])
+def load_in_order(value: Buffer, first: int, source: Expr, lanes: int = 1) -> None:
+    """value[first : first + lanes] = float32 from `source` on, neither before a `wait_for_launch`
+    in front of it nor after one behind: what no store of the kernel may change, nvcc loads where it
+    likes. Not by way of L1, which may hold what was there before the launch before."""
+    vector = {1: "", 4: ".v4"}[lanes]
+    ptx(
+        f"ld.global.cg{vector}.f32", *(value[first + i] for i in range(lanes)), T.address_of(source)
+    )
 
 
 def copy_16_bytes(destination: Expr, source: Expr, valid: Expr | int = 16) -> None:

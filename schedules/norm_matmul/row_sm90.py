@@ -57,8 +57,8 @@ class Row:
             column = T.bind(self.first(d))
             for i in range(VECTOR):
                 cuda.store(values, T.float32(0), VECTOR * d + i)
-            with cuda.when(column < self.k), T.vectorized(VECTOR) as i:
-                cuda.store(values, source(column + i), VECTOR * d + i)
+            with cuda.when(column < self.k):
+                cuda.load_in_order(values, VECTOR * d, source(column), VECTOR)
         return values
 
     def sum(self, terms: list[Expr], use: int) -> Expr:

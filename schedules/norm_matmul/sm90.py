@@ -34,8 +34,9 @@ def is_possible(k: int, keep: int | None = None) -> bool:
     return one_token_sm90.is_possible(k) and not (selects and k > LARGEST_SELECTED)
 
 
-def codes_of(block: Block, x, gain, eps: float, quantizer: str, keep: int) -> tuple:
-    """(the lane's words of codes, the scale) of the row that the launch before wrote."""
+def codes_of(block: Block, x, gain, eps: float, quantizer: str, keep: int, residual) -> tuple:
+    """(the lane's words of codes, the scale, the thread's residuals) of the row that the launch
+    before wrote. Whatever is read behind the next launch's weights takes as long as they do."""
     form, partials = block.form, T.bind(block.at(block.form.scratch))
     row = Row(form.shape.k, form.depth, form.warps, block.warp, block.lane, partials)
     selection = None
@@ -46,11 +47,14 @@ def codes_of(block: Block, x, gain, eps: float, quantizer: str, keep: int) -> tu
     gains = row.load(lambda column: gain[column])
     cuda.sync()  # the copies' barrier is made, the selection's memory is clear
     cuda.wait_for_launch()
+    own = None if residual is None else block.load_outputs(residual)
     cuda.let_next_launch()
-    return row.quantize(lambda column: x[0, column], gains, eps, quantizer, selection)
+    codes = row.quantize(lambda column: x[0, column], gains, eps, quantizer, selection)
+    return *codes, own
 
 
-def finish(block: Block, scale: Expr, w_own, residual, out) -> None:
+def finish(block: Block, scale: Expr, w_own, own, out) -> None:
+    """`own`: the thread's residuals."""
     matrices = block.form.matrices
 
     def write(step: int, row: Expr, n: Expr) -> None:
@@ -59,8 +63,8 @@ def finish(block: Block, scale: Expr, w_own, residual, out) -> None:
         if matrices == 2:
             gate = T.bind(sums[0] * scales[0])
             y = EPILOGUES["glu"].value(sums[1], scales[1], gate)
-        elif residual is not None:
-            y = EPILOGUES["residual"].value(sums[0], scales[0], residual[0, n])
+        elif own is not None:
+            y = EPILOGUES["residual"].value(sums[0], scales[0], own[step])
         else:
             y = EPILOGUES["scale"].value(sums[0], scales[0], None)
         cuda.store(out, y, 0, n)
@@ -79,9 +83,9 @@ def launch(
             block = Block(form, b, warp, lane)
             block.ask(weights)
             w_own = block.ask_scales(w_scales)
-            words, scale = codes_of(block, x, gain, eps, quantizer, keep)
+            words, scale, own = codes_of(block, x, gain, eps, quantizer, keep, residual)
             block.multiply(words)
-            finish(block, scale, w_own, residual, out)
+            finish(block, scale, w_own, own, out)
 
 
 def kernel(

@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
 from schedules.epilogue import EPILOGUES
+from schedules.intrin import cuda
 from schedules.sparse_ternary_matmul import cuda as columns
 from schedules.targets import GpuTarget
 from schedules.ternary_matmul import sm90 as dense
@@ -51,7 +52,7 @@ def kernel(
         residual: T.Buffer((rows, n), "float32"),
         out: T.Buffer((rows, n), "float32"),
     ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, cuda.WAITS_ITSELF: True})
         with T.sblock("root"):
             T.reads()
             T.writes()

@@ -78,6 +78,7 @@ class Form:
     across: int  # V
     warps: int  # W
     depth: int  # D, chunks a round
+    early: bool = False  # launched while the one before it runs, so that it has to wait for it
 
     @property
     def columns(self) -> int:
@@ -171,6 +172,9 @@ class Block:
         with T.serial(form.rounds) as r:
             first = T.bind((self.warp % form.warps * form.rounds + r) * form.depth)
             self._load_weights(first)
+            if form.early:
+                cuda.wait_for_launch()
+                cuda.let_next_launch()
             self._copy_tokens(first)
             for d in range(form.depth):
                 for group in range(form.columns):
@@ -251,7 +255,7 @@ class Block:
         cuda.sync()
 
     def finish(self, end: Epilogue, scale, w_scale, extra, out) -> None:
-        form, word = self.form, cuda.local("uint32", 1)
+        form, word, late = self.form, cuda.local("uint32", 1), cuda.local("float32", 2)
         rows = form.tiles * TILE
         t, count = self.warp * cuda.WARP + self.lane, form.tokens * form.height
         with cuda.strided(count, t, form.block_warps * cuda.WARP) as i:
@@ -264,9 +268,11 @@ class Block:
                     at = self._sum_address(row // rows * form.warps + warp, token, row % rows)
                     cuda.ptx("ld.shared.b32", word[0], at)
                     cuda.store(total, total[0] + T.reinterpret("int32", word[0]), 0)
-                other = extra[m, n] if end.extra else None
+                cuda.load_in_order(late, 0, scale[m])
+                if end.extra:
+                    cuda.load_in_order(late, 1, extra[m, n])
                 acc = T.shift_right(total[0], WEIGHT_BITS)
-                y = end.value(T.cast(acc, "float32"), scale[m] * w_scale[n], other)
+                y = end.value(T.cast(acc, "float32"), late[0] * w_scale[n], late[1])
                 cuda.store(out, y, m, n)
 
 
@@ -299,8 +305,13 @@ def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) ->
                     block.finish(end, scale, w_scale, extra, out)
 
 
-def launch_small_batch(one: Any, target: GpuTarget, rows, end: Epilogue, *tensors) -> None:
+def launch_small_batch(
+    one: Any, target: GpuTarget, rows, end: Epilogue, *tensors, early: bool = False
+) -> None:
     """The form for this many tokens, chosen when the kernel is launched; `one` is that of one."""
+    some, many = (
+        replace(some_tokens(one.shape, tokens, target), early=early) for tokens in (8, 16)
+    )
     with T.If(rows == 1):
         with T.Then():
             one.launch(rows, end, *tensors)
@@ -308,9 +319,9 @@ def launch_small_batch(one: Any, target: GpuTarget, rows, end: Epilogue, *tensor
             with T.If(rows <= 8):
                 with T.Then():
                     with cuda.some_rows(rows):
-                        launch(some_tokens(one.shape, 8, target), rows, end, *tensors)
+                        launch(some, rows, end, *tensors)
                 with T.Else():
-                    launch(some_tokens(one.shape, 16, target), rows, end, *tensors)
+                    launch(many, rows, end, *tensors)
 
 
 def kernel(

@@ -13,14 +13,18 @@
     W    | up to 20                     | the same: half its registers, 48 a thread
     D    | K / (128 W)                  |
 
-norm_matmul is this with the norm before it inside. A GEMV by itself, with nothing to load ahead of,
-gains where a multiprocessor has four tiles and more: H100, cold, us here and by products of bytes
-(cuda.py): 13824x2560 6.5 and 7.6, but 3840x2560 3.6 and 3.6, 2560x6912 4.6 and 4.4; 20480x3200 11.8
-and 11.4, as nothing is multiplied before the last of 125 KB is there.
+norm_matmul is this with the norm before it inside. H100, cold, launched early, us here, by products
+of bytes (cuda.py), and of Microsoft's W2A8 kernel in the same run:
+
+    N x K       | planes | bytes | W2A8     N x K       | planes | bytes | W2A8
+    2560x2560   | 1.8    | 3.0   | 5.4      3200x3200   | 2.0    | 3.3   | 6.0
+    3840x2560   | 2.0    | 3.7   | 5.3      4800x3200   | 2.3    | 6.1   | 6.1
+    13824x2560  | 3.8    | 7.7   | 8.7      20480x3200  | 6.3    | 11.1  | 12.7
+    2560x6912   | 2.7    | 3.2   | 10.4     3200x10240  | 4.1    | 5.9   | 14.4
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.ir import Expr
@@ -38,8 +42,8 @@ MAX_WARPS = 20
 MOST_DEPTH = 4  # of two blocks on a multiprocessor: registers
 LARGEST_K = 24576  # two rows of tiles fit into shared memory
 VECTOR = 4  # columns of a lane and chunk
-LEAST_TILES, MOST_BYTES = 4, 80 * 1024  # of a block, for a GEMV by itself
 ALIGN = 128
+GROUP, GAP = 32, 8  # outputs of a warp that lie side by side, and words left between groups
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,13 @@ class Form:
 
     @property
     def pitch(self) -> int:
-        """Bytes from one output's sums to the next's."""
-        return 4 * self.warps
+        """Bytes from one warp's sums to the next's."""
+        rows = self.matrices * self.height
+        return 4 * (rows + -(-rows // GROUP) * GAP)
 
     @property
     def scratch(self) -> int:
-        end = self.sums + self.matrices * self.height * self.pitch
+        end = self.sums + self.warps * self.pitch
         return -(-end // ALIGN) * ALIGN
 
     @property
@@ -122,13 +127,19 @@ class Form:
                 block = Block(self, b, warp, lane)
                 block.ask([w])
                 w_own = block.ask_scales([w_scale])
+                cuda.wait_for_launch()
+                cuda.let_next_launch()
                 words = [block.load_codes(q, d) for d in range(self.depth)]
+                own, of_token = None, cuda.local("float32", 1)
+                cuda.load_in_order(of_token, 0, scale[0])
+                if end.extra:
+                    own = block.load_outputs(extra)
                 cuda.sync()  # the copies' barrier is made
                 block.multiply(words)
 
                 def finish(step: int, row: Expr, n: Expr) -> None:
-                    other = extra[0, n] if end.extra else None
-                    y = end.value(block.sum_of(0, row), scale[0] * w_own[step], other)
+                    other = None if own is None else own[step]
+                    y = end.value(block.sum_of(0, row), of_token[0] * w_own[step], other)
                     cuda.store(out, y, 0, n)
 
                 block.each_output(finish)
@@ -137,8 +148,11 @@ class Form:
 def form_of(
     shape: Shape, act_bits: int, target: GpuTarget, matrices: int = 1, scratch_bytes: int = 0
 ) -> Form:
-    room = target.shared_bytes // 2 // (matrices * shape.chunks * CHUNK_BYTES)
-    blocks = max(min(target.num_multiprocessors, shape.tiles), -(-shape.tiles // max(1, room)))
+    """A block a multiprocessor, or several where its tiles would leave none of the shared memory
+    to the next launch's."""
+    most = max(1, target.shared_bytes // 2 // (matrices * shape.chunks * CHUNK_BYTES))
+    blocks = min(target.num_multiprocessors, shape.tiles)
+    blocks = min(shape.tiles, blocks * -(-shape.tiles // (blocks * most)))
     return Form(shape, act_bits, matrices, blocks, scratch_bytes)
 
 
@@ -149,12 +163,11 @@ def is_possible(k: int) -> bool:
 def one_token(
     shape: Shape, act_bits: int, target: GpuTarget, chunks_a_warp: int, tiles_a_block: int
 ) -> Form | small_batch.Form:
-    """By planes where that measured faster, unless a knob asks for a form of the other."""
-    form = form_of(shape, act_bits, target)
-    is_faster = form.tiles >= LEAST_TILES and form.matrix_bytes <= MOST_BYTES
-    if is_possible(shape.k) and is_faster and not (chunks_a_warp or tiles_a_block):
-        return form
-    return small_batch.one_token(shape, target, chunks_a_warp, tiles_a_block)
+    """By planes, unless a knob asks for a form of the other or K is odd."""
+    if is_possible(shape.k) and not (chunks_a_warp or tiles_a_block):
+        return form_of(shape, act_bits, target)
+    form = small_batch.one_token(shape, target, chunks_a_warp, tiles_a_block)
+    return replace(form, early=True)
 
 
 class Block:
@@ -177,6 +190,7 @@ class Block:
         form, barrier = self.form, self.at(self.form.barrier)
         size = T.bind(self.count * (form.shape.chunks * CHUNK_BYTES))
         with cuda.when(self.t == 0):
+            bulk.make(barrier)
             bulk.expect(barrier, size * form.matrices)
             for g, w in enumerate(weights):
                 source = T.address_of(w[self.tile, 0, 0])
@@ -188,9 +202,15 @@ class Block:
 
         def load(step: int, row: Expr, n: Expr) -> None:
             for g, w_scale in enumerate(w_scales):
-                cuda.store(own, w_scale[n], step * self.form.matrices + g)
+                cuda.load_in_order(own, step * self.form.matrices + g, w_scale[n])
 
         self.each_output(load)
+        return own
+
+    def load_outputs(self, extra: Any) -> Any:
+        """What else the epilogue takes, of the thread's outputs."""
+        own = cuda.local("float32", self.form.steps)
+        self.each_output(lambda step, row, n: cuda.load_in_order(own, step, extra[0, n]))
         return own
 
     def each_output(self, body: Callable[[int, Expr, Expr], None]) -> None:
@@ -219,35 +239,51 @@ class Block:
             own = cuda.offset((first + d) * WORDS_BYTES)
             operands.append(planes.spread(word, self.at(form.codes) + own))
         bulk.wait(self.at(form.barrier))
-        acc, weights = cuda.local("uint32", 4 * planes.products), cuda.local("uint32", 4)
-        with cuda.unrolled(form.matrices * form.tiles) as i:
-            planes.clear(acc)
-            for d, operand in enumerate(operands):  # past K the operand is 0
-                chunk = T.min(first + d, form.shape.chunks - 1)
-                at = (i * form.shape.chunks + chunk) * CHUNK_BYTES + self.lane * 16
-                four = [weights[j] for j in range(4)]
-                cuda.ptx("ld.shared.v4.b32", *four, self.base + cuda.offset(at))
-                planes.multiply(acc, weights, operand)
-            for half, total in enumerate(planes.sums(acc)):
-                with cuda.when(self.lane % 4 == 0):
-                    row = i * TILE + T.shift_right(self.lane, 2) + 8 * half
-                    to = self._sums_of(row) + cuda.offset(self.warp * 4)
-                    cuda.ptx("st.shared.b32", to, T.reinterpret("uint32", total))
+        total = form.matrices * form.tiles
+        for start in range(0, total, planes.most_tiles):
+            self._multiply_tiles(operands, start, min(planes.most_tiles, total - start))
         cuda.sync()
 
+    def _multiply_tiles(self, operands: Sequence[Any], start: int, count: int) -> None:
+        """Tiles that share a result."""
+        planes, result = self.planes, cuda.local("uint32", 4)
+        for i in range(4):
+            cuda.store(result, T.uint32(0), i)
+        weights = [cuda.local("uint32", 4) for _ in range(planes.tiles)]
+        with cuda.unrolled(-(-count // planes.tiles)) as step:
+            slot = T.bind(step * planes.tiles)
+            for d, operand in enumerate(operands):
+                for i, registers in enumerate(weights):
+                    tile = T.min(slot + i, count - 1) if count % planes.tiles else slot + i
+                    self._load_weights(registers, start + tile, d)
+                planes.add(result, weights, slot, operand)
+
+        def store(slot: Expr, row: Expr, value: Expr) -> None:
+            with cuda.when(slot < count):
+                at = self._sums_of((start + slot) * TILE + row)
+                own = cuda.offset(self.warp * self.form.pitch)
+                cuda.ptx("st.shared.b32", at + own, T.reinterpret("uint32", value))
+
+        planes.each_sum(result, store)
+
+    def _load_weights(self, registers: Any, tile: Expr, d: int) -> None:
+        """A lane's 16 bytes of the warp's chunk d; past K the operand is 0."""
+        chunks = self.form.shape.chunks
+        chunk = T.min(self.warp * self.form.depth + d, chunks - 1)
+        at = (tile * chunks + chunk) * CHUNK_BYTES + self.lane * 16
+        four = [registers[j] for j in range(4)]
+        cuda.ptx("ld.shared.v4.b32", *four, self.base + cuda.offset(at))
+
     def _sums_of(self, row: Expr) -> Expr:
-        return self.at(self.form.sums) + cuda.offset(row * self.form.pitch)
+        """Of the first warp; the gaps keep the lanes' stores in different banks."""
+        return self.at(self.form.sums) + cuda.offset((row + row // GROUP * GAP) * 4)
 
     def sum_of(self, matrix: int, row: Expr) -> Expr:
         """float32 of an output's sum over the warps."""
-        form, words, total = self.form, cuda.local("uint32", 4), cuda.local("int32", 1)
+        form, word, total = self.form, cuda.local("uint32", 1), cuda.local("int32", 1)
         start = T.bind(self._sums_of(matrix * form.height + row))
         cuda.store(total, T.int32(0), 0)
-        width = 4 if form.warps % 4 == 0 else 1
-        for first in range(0, form.warps, width):
-            some = [words[i] for i in range(width)]
-            vector = ".v4" if width == 4 else ""
-            cuda.ptx(f"ld.shared{vector}.b32", *some, start + T.uint32(4 * first))
-            for word in some:
-                cuda.store(total, total[0] + T.reinterpret("int32", word), 0)
+        for warp in range(form.warps):
+            cuda.ptx("ld.shared.b32", word[0], start + T.uint32(warp * form.pitch))
+            cuda.store(total, total[0] + T.reinterpret("int32", word[0]), 0)
         return T.cast(total[0], "float32")

@@ -13,9 +13,16 @@ of q; in b a plane stands at the even bits for low, at the odd ones for high.
     act_bits | columns of the operand        | products for 128 columns
     4        | 4 planes low, 4 planes high   | 1, where bytes take 4 and 16 masks
     8        | 8 planes low; 8 planes high   | 2
+
+The sum over planes is a product too, mma m16n8k16: counts of 128 columns are bytes, four a lane,
+times what each plane stands for. A tile's sums are a column of it, so tiles share the result:
+
+    act_bits | tiles of a product | tiles of a result
+    4        | 2                  | 8, a column each
+    8        | 1                  | 4, two columns each: high of plane 7 stands for 256 = 4 . 64
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +31,12 @@ from tvm.script import tirx as T
 
 from schedules.intrin import cuda
 
+ADD = "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32"
 BITS = "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
 EACH_BYTE = 0x01010101
 HALVES = 2  # of 64 columns: a register of the operand each
 WORDS_BYTES = 4 * cuda.WARP  # a chunk's codes
+QUARTER_OF_256 = 64 << 24  # as a byte of the high bits of plane 7
 
 
 @dataclass(frozen=True)
@@ -64,44 +73,83 @@ class Planes:
             cuda.store(operand, bits, half)
         return operand
 
-    def clear(self, acc: Any) -> None:
-        for i in range(4 * self.products):
-            cuda.store(acc, T.uint32(0), i)
+    @property
+    def tiles(self) -> int:
+        """Of one `add`."""
+        return 2 if self.act_bits == 4 else 1
 
-    def multiply(self, acc: Any, weights: Any, operand: Any) -> None:
-        """acc += the products of a lane's 16 bytes"""
+    @property
+    def most_tiles(self) -> int:
+        """That share a result of four registers."""
+        return 8 if self.act_bits == 4 else 4
+
+    def add(self, result: Any, weights: Sequence[Any], slot: Expr | int, operand: Any) -> None:
+        """result += a chunk's products; `weights`: a lane's 16 bytes of each of `tiles`, which are
+        the slots from `slot` on."""
+        counts = [self._count(of_tile, operand) for of_tile in weights]
+        a = []
+        for row in range(2):
+            if self.act_bits == 4:
+                words = [count[2 * row + i] for count in counts for i in range(2)]
+            else:
+                words = [counts[0][4 * high + 2 * row + i] for high in range(2) for i in range(2)]
+            pairs = [
+                T.bind(cuda.byte_permute(words[i], words[i + 1], 0x0040))
+                for i in range(0, len(words), 2)
+            ]
+            a.append(T.bind(cuda.byte_permute(pairs[0], pairs[-1], 0x5410)))
+        d = [result[i] for i in range(4)]
+        cuda.ptx(ADD, *d, *a, self._values(slot), *d)
+
+    def _count(self, weights: Any, operand: Any) -> Any:
+        """How many bits a tile's rows and each plane have in common."""
+        counts, none = cuda.local("uint32", 4 * self.products), [T.uint32(0)] * 4
         a = [weights[i] for i in range(4)]
         for high in range(self.products):
-            c = [acc[4 * high + i] for i in range(4)]
+            c = [counts[4 * high + i] for i in range(4)]
             b = [T.bind(operand[half] << T.uint32(high)) for half in range(HALVES)]
-            cuda.ptx(BITS, *c, *a, *b, *c)
+            cuda.ptx(BITS, *c, *a, *b, *none)
+        return counts
 
-    def sums(self, acc: Any) -> Sequence[Expr]:
-        """int32 of rows lane / 4 and 8 + lane / 4, in all four lanes of each."""
-        found = []
-        pair = T.bind(self.lane % 4)  # of columns
-        first = T.bind(self._weight(pair))
-        for row in range(2):
-            values = []
-            for i in range(2):
-                value = T.reinterpret("int32", acc[2 * row + i])
-                if self.products == 2:
-                    value = value - 2 * T.reinterpret("int32", acc[4 + 2 * row + i])
-                values.append(value)
-            sign = T.if_then_else(self._ends_with_sign(pair), -2, 2)
-            total = T.bind(first * (values[0] + sign * values[1]))
-            for lanes in (1, 2):
-                total = T.bind(total + cuda.shuffle_xor(total, lanes))
-            found.append(total)
-        return found
+    def _values(self, slot: Expr | int) -> Expr:
+        """The operand of `add`: four values in column lane / 4, of the planes of lane % 4."""
+        column, zero = T.bind(T.shift_right(self.lane, 2)), T.uint32(0)
+        if self.act_bits == 4:
+            own = T.bind(self._of_pair([value_of(4, pair) for pair in range(4)]))
+            second = T.Select(column == slot + 1, own << T.uint32(16), zero)
+            return T.bind(T.Select(column == slot, own, second))
+        own = T.bind(self._of_pair([value_of(8, pair) for pair in range(4)]))
+        rest = T.Select(self.lane % 4 == 3, T.uint32(QUARTER_OF_256), zero)
+        second = T.Select(column == 2 * slot + 1, rest, zero)
+        return T.bind(T.Select(column == 2 * slot, own, second))
 
-    def _weight(self, pair: Expr) -> Expr:
-        """What bit plane 2 pair of the operand stands for."""
-        if self.act_bits == 8:
-            return T.shift_left(T.int32(1), 2 * pair)
-        low = T.shift_left(T.int32(1), pair % 2 * 2)
-        return T.if_then_else(pair >= 2, -2 * low, low)
+    def _of_pair(self, words: Sequence[int]) -> Expr:
+        pair, chosen = self.lane % 4, T.uint32(words[3])
+        for i in reversed(range(3)):
+            chosen = T.Select(pair == i, T.uint32(words[i]), chosen)
+        return chosen
 
-    def _ends_with_sign(self, pair: Expr) -> Expr:
-        """The odd plane of a pair counts twice the even one, the sign's downwards."""
-        return pair % (self.act_bits // 2) == self.act_bits // 2 - 1
+    def each_sum(self, result: Any, body: Callable[[Expr, Expr, Expr], None]) -> None:
+        """body(slot, row of the tile, int32) of the lane's sums."""
+        first, pair = T.shift_right(self.lane, 2), self.lane % 4
+        for half in range(2):
+            two = [T.reinterpret("int32", result[2 * half + i]) for i in range(2)]
+            row = first + 8 * half
+            if self.act_bits == 4:
+                body(2 * pair, row, two[0])
+                body(2 * pair + 1, row, two[1])
+            else:
+                body(pair, row, two[0] + 4 * two[1])
+
+
+def value_of(act_bits: int, pair: int) -> int:
+    """Bytes of what planes 2 pair and 2 pair + 1 stand for; of 8 bits, low ones then high ones,
+    without 256."""
+    plane = [(-1 if p == act_bits - 1 else 1) << p for p in range(act_bits)]
+    columns = [*plane, *(-2 * value for value in plane)]
+    if act_bits == 4:
+        values = columns[2 * pair : 2 * pair + 2]
+    else:
+        values = [columns[8 * high + 2 * pair + i] for high in range(2) for i in range(2)]
+    kept = [0 if value == 256 else value for value in values]
+    return int.from_bytes(bytes(value & 0xFF for value in kept), "little")

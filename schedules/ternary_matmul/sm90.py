@@ -1,4 +1,5 @@
-"""ternary_matmul on Hopper: a prompt's GEMM by wgmma; up to 16 tokens are cuda.py's forms.
+"""ternary_matmul on Hopper: a prompt's GEMM by wgmma; one_token_sm90.py and few_tokens_sm90.py have
+the forms of up to 16 tokens.
 
     for n0, m0 in N/(64 G), M/T:                     blockIdx.y, blockIdx.x
         for p in P:                                  shares of the columns: every P-th chunk
@@ -39,6 +40,7 @@ from schedules.epilogue import EPILOGUES, Epilogue
 from schedules.intrin import cuda
 from schedules.targets import GpuTarget
 from schedules.ternary_matmul import cuda as small_batch
+from schedules.ternary_matmul import few_tokens_sm90
 from schedules.ternary_matmul.cuda import (
     CHUNK,
     CHUNK_BYTES,
@@ -260,6 +262,7 @@ def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) ->
     with cuda.blocks(T.ceildiv(rows, form.tokens)) as c:
         with cuda.blocks(form.columns, "y") as b:
             with cuda.threads(form.block_threads) as t, cuda.min_blocks(form.blocks):
+                cuda.wait_for_launch()
                 block = Block(form, q, w, rows, b, c, t)
                 block.multiply()
                 block.finish(end, scale, w_scale, extra, out)
@@ -299,13 +302,27 @@ def launch_rows(
     """The form for any number of rows; `one` is that of one token."""
     forms = forms_of(shape, stages, target)
     if shape.k % 16:  # rows that cp.async cannot copy
-        small_batch.launch_small_batch(one, target, rows, end, *tensors)
+        small_batch.launch_small_batch(one, target, rows, end, *tensors, early=True)
         return
+    few = [few_tokens_sm90.form_of(shape, tokens, target) for tokens in (8, 16)]
     with T.If(rows <= 16):
         with T.Then():
-            small_batch.launch_small_batch(one, target, rows, end, *tensors)
+            launch_few([one, *few], [1, 8], rows, end, *tensors)
         with T.Else():
             launch_cheapest(forms, target.num_multiprocessors, rows, end, *tensors)
+
+
+def launch_few(forms: Sequence, most: Sequence[int], rows, end: Epilogue, *tensors) -> None:
+    """The first form for this many rows: form i takes most[i], the last any."""
+    if not most:
+        forms[0].launch(rows, end, *tensors)
+        return
+    with T.If(rows <= most[0]):
+        with T.Then():
+            with cuda.some_rows(rows):
+                forms[0].launch(rows, end, *tensors)
+        with T.Else():
+            launch_few(forms[1:], most[1:], rows, end, *tensors)
 
 
 def kernel(
@@ -331,7 +348,7 @@ def kernel(
         extra: T.Buffer((rows, n), "float32"),
         out: T.Buffer((rows, n), "float32"),
     ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, cuda.WAITS_ITSELF: True})
         with T.sblock("root"):
             T.reads()
             T.writes()

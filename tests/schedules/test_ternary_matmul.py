@@ -75,6 +75,17 @@ def test_one_token_of_many_outputs(target, act_bits, kind):
     np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
 
 
+@pytest.mark.parametrize("target", params(every_gpu("ternary_matmul")))
+@pytest.mark.parametrize("n, k", [(40, 6912), (8464, 272)])
+def test_few_tokens(target, n, k):
+    """On Hopper: more stages than fit into shared memory at a time; more tiles than warps."""
+    run, w = ternary_matmul(target, n, k, 8, "scale"), weights("random", n, k)
+    for m in (2, 7, 8, 9, 15):
+        q, (scale, w_scale) = activations("random", m, k, 8, seed=m), scales(m, n)
+        expected = exact_sum(q, w) * (scale[:, None] * w_scale)
+        np.testing.assert_array_equal(run((q, scale), w, w_scale), expected)
+
+
 @EVERY_TARGET
 @ACT_BITS
 @pytest.mark.parametrize("n, k", [(130, 257), (321, 64)])
