@@ -7,8 +7,9 @@
 
 Needs a GPU, nvcc, TVM's compiler and a PyTorch with CUDA. Every kernel is checked against PyTorch
 on the inputs that it is timed on, exactly where it is integer. Times are of one CUDA graph over
-several copies of everything a kernel reads and writes, three times the L2 in all, so that weights
-come from memory; median and spread of its replays, divided by the calls in it.
+several copies of the weights or the cache, three times the L2 in all, so that they come from
+memory, and of everything where a kernel has neither; median and spread of its replays, divided by
+the calls in it. Ours are launched as in a model: each while the one before runs (LaunchEarly).
 """
 
 import argparse
@@ -28,10 +29,12 @@ import tvm
 import tvm_ffi
 
 from benchmarks import gpu_checks, w2a8
-from benchmarks.gpu_cases import COLD_BYTES, GROUPS, Case, cases
+from benchmarks.gpu_case import Case
+from benchmarks.gpu_cases import COLD_BYTES, GROUPS, cases
 from command_line import Parser
 from compiler import nvcc
-from compiler.kernels import Schedule, default_choice
+from compiler.kernels import Schedule, default_choice, using
+from compiler.passes.launch_early import launch_early
 from runtime import device_code
 from schedules.targets import GpuTarget, find
 
@@ -60,7 +63,8 @@ class Bench:
         schedule = Schedule(case.folder, default_choice(case.folder, self.target.families))
         func = schedule.kernel(*case.kernel_args, self.target, *case.kernel_end)
         mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
-        with nvcc.uncompacted():  # a context is a thread's own
+        with using(self.target), nvcc.uncompacted():  # a context is a thread's own
+            mod = launch_early(mod)
             return tvm.compile(mod, target=self.target.to_tvm())["kernel"]
 
     @cached_property
@@ -98,9 +102,13 @@ def run(bench: Bench, case: Case, kernel: Callable) -> dict:
     results = arrays[len(arrays) - case.results :]
     for found, wanted in zip(results, case.expected(arrays), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=lambda m: f"{case.name}: {m}")
-    size = sum(a.nbytes for a in arrays)
+    is_cold = [i in case.cold or not case.cold for i in range(len(arrays))]
+    size = sum(a.nbytes for a, cold in zip(arrays, is_cold, strict=True) if cold)
     copies = max(1, min(CALLS[1], -(-COLD_BYTES // size)))
-    sets = [arrays] + [[a.clone() for a in arrays] for _ in range(copies - 1)]
+    sets = [arrays] + [
+        [a.clone() if cold else a for a, cold in zip(arrays, is_cold, strict=True)]
+        for _ in range(copies - 1)
+    ]
     calls = max(CALLS[0], copies)
     ours = time_calls(lambda i: kernel(*sets[i % copies]), calls)
     row = {"group": case.group, "name": case.name, "us": ours.us, "spread_us": ours.spread_us}

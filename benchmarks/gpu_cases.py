@@ -4,12 +4,13 @@ Inputs and results are computed where they are used; integers are exact in float
 follow the orders of docs/architecture.md. Sizes are those of BitNet b1.58 2B4T.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from benchmarks.gpu_attention_cases import append, attention, rope
+from benchmarks.gpu_case import Case, empty, floats, int8, integers
 from compiler.kernels import Schedule, default_choice
 from schedules.layouts import LAYOUTS
 from schedules.targets import GpuTarget
@@ -28,40 +29,7 @@ MICROSOFT = {
     (3200, 10240): 14.9,
 }
 GROUPS = ("gemv", "batch", "gemm", "sparse", "head", "rows", "attention")
-HEADS = (20, 5, 128)  # queries, keys, size: BitNet b1.58 2B4T
 EPS = 1e-5
-
-
-@dataclass
-class Case:
-    """One kernel on one set of inputs."""
-
-    group: str
-    name: str
-    folder: str  # of schedules/
-    kernel_args: tuple
-    inputs: Callable[[], list[torch.Tensor]]  # the results, to be overwritten, come last
-    results: int
-    expected: Callable[[list[torch.Tensor]], list[torch.Tensor]]
-    read_bytes: int = 0  # that cannot be cached
-    operations: int = 0
-    rivals: dict[str, Callable[[list[torch.Tensor]], object]] = field(default_factory=dict)
-    published_us: float | None = None
-    kernel_end: tuple = ()
-
-
-def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-    return torch.randint(low, high + 1, shape, dtype=torch.int8, device="cuda")
-
-
-def floats(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda")
-
-
-def empty(*shape: int, dtype=torch.float32) -> torch.Tensor:
-    """A result, poisoned."""
-    poison = float("nan") if dtype.is_floating_point else 99
-    return torch.full(shape, poison, dtype=dtype, device="cuda")
 
 
 def packed(layout: str, w: torch.Tensor) -> torch.Tensor:
@@ -97,6 +65,7 @@ def matmul(group: str, n: int, k: int, m: int, act_bits: int = 8, rivals: bool =
         rivals=torch_matmuls(n, k, m) if rivals else {},
         published_us=MICROSOFT.get((n, k)) if m == 1 else None,
         kernel_end=("scale",),
+        cold=(2, 3),
     )
 
 
@@ -146,7 +115,9 @@ def sparse(target: GpuTarget, n: int, k: int, zeros: float, m: int = 1) -> Case:
 
     name = f"{n}x{k} M={m} {zeros:.0%} zeros"
     read = round(n * k / 4 * (1 - zeros)) if m == 1 else 0
-    return Case("sparse", name, folder, (n, k), inputs, 1, expected, read_bytes=read)
+    case = Case("sparse", name, folder, (n, k), inputs, 1, expected, read_bytes=read)
+    case.cold = 4, 5
+    return case
 
 
 def head(n: int, k: int, m: int) -> Case:
@@ -160,7 +131,9 @@ def head(n: int, k: int, m: int) -> Case:
         return [exact(q, w) * (scale[:, None] * w_scale)]
 
     name, read = f"{n}x{k} M={m}", n * k if m <= 16 else 0
-    return Case("head", name, "int8_matmul", (n, k), inputs, 1, expected, read_bytes=read)
+    case = Case("head", name, "int8_matmul", (n, k), inputs, 1, expected, read_bytes=read)
+    case.cold = 2, 3
+    return case
 
 
 def norm(k: int, m: int, quantizer: str = "int4") -> Case:
@@ -184,14 +157,6 @@ def norm(k: int, m: int, quantizer: str = "int4") -> Case:
 def normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     mean_square = x.double().square().sum(1, keepdim=True) / x.shape[1]
     return x * (1 / torch.sqrt(mean_square + EPS)).float() * gain
-
-
-def int8(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """INT8 absmax; tensors divide where PyTorch would multiply by the reciprocal of a number."""
-    gamma = h.abs().amax(1).clamp_min(1e-5)
-    limit = torch.full_like(gamma, 127)
-    q = (h * (limit / gamma)[:, None]).round().clamp(-128, 127)
-    return q.to(torch.int8), gamma / limit
 
 
 def masked(h: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,118 +192,6 @@ def mask(k: int, keep: int, m: int) -> Case:
     name, inputs = f"mask {keep} of {k} M={m}", topk(k, keep, m).inputs
     args = k, keep, EPS
     return Case("rows", name, "rms_norm_mask", args, lambda: inputs()[:4], 2, expected)
-
-
-def rope(m: int) -> Case:
-    heads, kv_heads, dim = HEADS
-    positions = 4096
-
-    def inputs():
-        at = torch.randint(0, positions, (m,), device="cuda")
-        tables = floats(positions, dim // 2), floats(positions, dim // 2)
-        qkv = floats(m, (heads + 2 * kv_heads) * dim)
-        return [qkv, *tables, at, empty(*qkv.shape)]
-
-    def expected(arrays):
-        qkv, cos, sin, at, _ = arrays
-        x = qkv.reshape(m, -1, dim).double()
-        low, high = x.chunk(2, dim=-1)
-        c, s = cos[at][:, None].double(), sin[at][:, None].double()
-        turned = torch.cat([low * c - high * s, high * c + low * s], -1)
-        rotated = torch.arange(heads + 2 * kv_heads, device="cuda") < heads + kv_heads
-        return [torch.where(rotated[:, None], turned, x).float().reshape(m, -1)]
-
-    args = heads, kv_heads, dim, positions
-    return Case("rows", f"rope M={m}", "rope", args, inputs, 1, expected)
-
-
-def levels(codes: torch.Tensor) -> torch.Tensor:
-    """A 3-bit cache u8[S, Hkv, 2, B] -> f64[S, Hkv, 2, T, D]."""
-    dim = HEADS[2]
-    bos, rest = codes[..., : dim // 2], codes[..., dim // 2 :]
-    bos = torch.cat([bos & 15, bos >> 4], -1)[..., None, :].double() - 7
-    rest = rest.reshape(*rest.shape[:-1], -1, 3 * dim // 8)
-    low, high = rest[..., : dim // 4], rest[..., dim // 4 :]
-    code = torch.cat([low >> 2 * f & 3 for f in range(4)], -1)
-    code = code | torch.cat([high >> f & 1 for f in range(8)], -1) << 2
-    return torch.cat([bos, code.double() - 3], -2)
-
-
-def attention(m: int, context: int) -> Case:
-    """m rows of one slot, the last of them at the context's end; keys and values at 3 bits."""
-    heads, kv_heads, dim = HEADS
-    size = dim // 2 + (context - 1) * 3 * dim // 8
-
-    def inputs():
-        codes = torch.randint(0, 256, (1, kv_heads, 2, size), dtype=torch.uint8, device="cuda")
-        scales = torch.rand(1, kv_heads, 2, context, device="cuda").half() / 4
-        at = torch.arange(context - m, context, device="cuda")
-        qkv = floats(m, (heads + 2 * kv_heads) * dim)
-        return [qkv, codes, scales, torch.zeros_like(at), at, empty(m, heads * dim)]
-
-    def expected(arrays):
-        qkv, codes, scales, _, at, found = arrays
-        q = qkv[:, : heads * dim].reshape(m, heads, dim).swapaxes(0, 1)
-        q8, q_scale = (part.reshape(heads, m, -1).double() for part in int8(q.reshape(-1, dim)))
-        kv = levels(codes)[0].repeat_interleave(heads // kv_heads, 0)
-        scale = scales[0].double().repeat_interleave(heads // kv_heads, 0)
-        dots = q8 @ kv[:, 0].mT
-        scores = dots * scale[:, None, 0] * q_scale / np.sqrt(dim)
-        scores.masked_fill_(torch.arange(context, device="cuda") > at[:, None], -torch.inf)
-        e = (scores - scores.amax(-1, keepdim=True)).exp()
-        total, y = e.sum(-1, keepdim=True), 0
-        for t in range(0, context, 64):
-            w = e[..., t : t + 64] * scale[:, None, 1, t : t + 64]
-            unit = w.amax(-1, keepdim=True) / 255
-            p = (w / torch.where(unit > 0, unit, 1)).round()
-            y = y + unit * (p @ kv[:, 1, t : t + 64])
-        y = (y / total).float().swapaxes(0, 1).reshape(m, heads * dim)
-        # exp and the float64 sums are free in their last bits: so is one ulp in ten thousand here
-        near = (y.view(torch.int32) - found.view(torch.int32)).abs() <= 1
-        assert (y != found).sum() <= y.numel() / 10_000, f"{(y != found).sum()} elements differ"
-        return [torch.where(near, found, y)]
-
-    name = f"attention M={m} context {context}, 3 bits"
-    case = Case("attention", name, "attention", (*HEADS, 3), inputs, 1, expected)
-    case.rivals = {"SDPA bf16": scaled_dot_product(m, context)}
-    return case
-
-
-def scaled_dot_product(m: int, context: int) -> Callable:
-    heads, kv_heads, dim = HEADS
-    sizes = (1, heads, m, dim), (1, kv_heads, context, dim), (1, kv_heads, context, dim)
-    state: list[torch.Tensor] = []
-
-    def call(_):
-        if not state:
-            state.extend(floats(*size).bfloat16() for size in sizes)
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(*state, is_causal=m == context, enable_gqa=True)
-
-    return call
-
-
-def append(m: int) -> Case:
-    """Checked through the cache: levels times scales are within half a step of the values."""
-    heads, kv_heads, dim = HEADS
-    size = dim // 2 + (4096 - 1) * 3 * dim // 8
-
-    def inputs():
-        at = torch.arange(m, device="cuda")
-        qkv = floats(m, (heads + 2 * kv_heads) * dim)
-        codes = torch.zeros((1, kv_heads, 2, size), dtype=torch.uint8, device="cuda")
-        scales = torch.zeros((1, kv_heads, 2, 4096), dtype=torch.float16, device="cuda")
-        return [codes, scales, qkv, torch.zeros_like(at), at]
-
-    def expected(arrays):
-        codes, scales, qkv = arrays[:3]
-        x = qkv[:, heads * dim :].reshape(m, 2, kv_heads, dim).permute(2, 1, 0, 3).double()
-        scale = scales[0, :, :, :m].double()[..., None]
-        error = (levels(codes)[0, :, :, :m] * scale - x).abs()
-        assert (error <= 0.51 * scale).all()
-        return []
-
-    return Case("rows", f"kv_append M={m}, 3 bits", "kv_append", (*HEADS, 3), inputs, 0, expected)
 
 
 def cases(target: GpuTarget) -> Iterator[Case]:
