@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from runtime import host, tvm_runtime
 from runtime.artifact import Artifact
 from runtime.device import open_device, shortened
-from runtime.errors import ArtifactError, RuntimeRefusal, require_whole
+from runtime.errors import ArtifactError, RuntimeRefusal, require_whole, whole_array
 from runtime.generation import Generation
 from runtime.kv_cache import KVCache
 from runtime.sampler import Sampler
@@ -53,9 +53,15 @@ class Engine:
             self._take_memory()
 
     def _take_memory(self) -> None:
-        """A prompt and a step of one row, so that what is missing is told now, not amid a text."""
-        self._append([0], 0, 0, [0])
+        """The longest step and one of a row: what is missing is told now, not amid a text."""
+        rows = min(self._prompt_rows, self.context)
+        self._append([0] * rows, 0, 0, [rows - 1])
         self.decode([0], [0], [0])
+
+    @property
+    def _prompt_rows(self) -> int:
+        """Of a prompt, at most, in a step."""
+        return int(self.artifact.manifest.get("prompt_rows", PREFILL_ROWS))
 
     @classmethod
     def load(
@@ -155,7 +161,7 @@ class Engine:
         """Append tokens to a slot from position `start` on; logits f32[V] of the last one."""
         self._check_sequence(token_ids, start)
         logits = np.empty(0, np.float32)
-        rows = int(self.artifact.manifest.get("prompt_rows", PREFILL_ROWS))
+        rows = self._prompt_rows
         for begin in range(0, len(token_ids), rows):
             chunk = token_ids[begin : begin + rows]
             logits = self._append(chunk, slot, start + begin, [len(chunk) - 1])[0]
@@ -253,7 +259,7 @@ class Engine:
             raise RuntimeRefusal(
                 f"prompt: it has {len(token_ids)} tokens{after}; the context holds {self.context}"
             )
-        _whole("token ids", token_ids, self.shape.vocab_size)
+        whole_array("token ids", token_ids, self.shape.vocab_size)
 
     def _check_rows(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
@@ -264,9 +270,9 @@ class Engine:
                 "possible: as many of each, at least one"
             )
         checked = (
-            _whole("token ids", tokens, self.shape.vocab_size),
-            _whole("slots", slots, self.cache.slots),
-            _whole("positions", positions, self.context),
+            whole_array("token ids", tokens, self.shape.vocab_size),
+            whole_array("slots", slots, self.cache.slots),
+            whole_array("positions", positions, self.context),
         )
         if len(tokens) == 1:
             return checked
@@ -275,17 +281,6 @@ class Engine:
         if np.any(np.diff(checked[2][order])[same_slot] <= 0):
             raise RuntimeRefusal("positions: rows of one slot must rise in position within a step")
         return checked
-
-
-def _whole(name: str, values: Sequence[int], limit: int) -> np.ndarray:
-    """`values` as i64[M], each in [0, limit)."""
-    array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RuntimeRefusal(f"{name}: expected a flat sequence of whole numbers")
-    if array.min() < 0 or array.max() >= limit:
-        wrong = array[(array < 0) | (array >= limit)][0]
-        raise RuntimeRefusal(f"{name}: asked for {wrong}; possible: 0 to {limit - 1}")
-    return array.astype(np.int64)
 
 
 def _open_tokenizer(artifact: Artifact) -> Tokenizer | None:

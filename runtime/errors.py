@@ -1,5 +1,9 @@
 """Refusals: one line for the user that says what was asked, what was found and what is possible."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 
 class RuntimeRefusal(ValueError):
     """Something the runtime cannot do; the message is one line for the user."""
@@ -17,3 +21,14 @@ def require_whole(name: str, value: object, low: int, high: int | None = None) -
     if value < low or (high is not None and value > high):
         raise RuntimeRefusal(f"{name}: asked for {value}; possible: {possible}")
     return value
+
+
+def whole_array(name: str, values: Sequence[int], limit: int) -> np.ndarray:
+    """`values` as i64[M], each in [0, limit)."""
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RuntimeRefusal(f"{name}: expected a flat sequence of whole numbers")
+    if array.min() < 0 or array.max() >= limit:
+        wrong = array[(array < 0) | (array >= limit)][0]
+        raise RuntimeRefusal(f"{name}: asked for {wrong}; possible: 0 to {limit - 1}")
+    return array.astype(np.int64)
