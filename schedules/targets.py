@@ -66,6 +66,7 @@ class GpuTarget(TargetSpec):
     has_int4_units: bool  # mma of s4 is an instruction of every arch
     warp_lanes: int = 32
     prompt_rows: int = 2048  # of a step: tiles for all multiprocessors, 0.1 MB of a 2B model each
+    step_rows: int = 256  # of any other step, which is captured
 
     @property
     def can_launch_early(self) -> bool:

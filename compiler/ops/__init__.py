@@ -6,6 +6,7 @@ from compiler.op import OpDef
 from compiler.ops.attention import attention
 from compiler.ops.embedding import embedding
 from compiler.ops.float_matmul import float_matmul
+from compiler.ops.glu_matmul import glu_matmul
 from compiler.ops.grouped_embedding import grouped_embedding
 from compiler.ops.grouped_matmul import grouped_matmul
 from compiler.ops.int8_matmul import int8_matmul
@@ -43,6 +44,7 @@ OPS: dict[str, OpDef] = {
         norm_matmul,
         norm_glu_matmul,
         norm_residual_matmul,
+        glu_matmul,
         rope_attention,
         rms_norm_mask_int8,
         ternary_residual_matmul,

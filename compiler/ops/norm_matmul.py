@@ -28,7 +28,7 @@ LAYOUT = LAYOUTS["tiles_2bit"]
 QUANTIZERS = {4: "int4", 8: "int8"}
 
 
-def check(match: Match, statics: Statics) -> None:
+def check_layout(match: Match, statics: Statics) -> None:
     shape = LAYOUT.packed_shape(match.static("N"), match.static("K"))
     for name in ("w", "gate"):
         if name in match.types and not same_shape(match.types[name].shape, shape):
@@ -46,7 +46,7 @@ norm_matmul = OpDef(
     kernel=lambda schedule, size, static, target: schedule.kernel(
         size("N"), size("K"), QUANTIZERS[int(static["act_bits"])], static["eps"], target, "scale"
     ),
-    check=check,
+    check=check_layout,
 )
 norm_glu_matmul = OpDef(
     name="norm_glu_matmul",
@@ -64,7 +64,7 @@ norm_glu_matmul = OpDef(
     kernel=lambda schedule, size, static, target: schedule.kernel(
         size("N"), size("K"), QUANTIZERS[int(static["act_bits"])], static["eps"], target, "glu"
     ),
-    check=check,
+    check=check_layout,
 )
 norm_residual_matmul = OpDef(
     name="norm_residual_matmul",
@@ -81,5 +81,5 @@ norm_residual_matmul = OpDef(
     kernel=lambda schedule, size, static, target: schedule.kernel(
         size("N"), size("K"), "int8", static["eps"], target, "residual", int(static["k"])
     ),
-    check=check,
+    check=check_layout,
 )

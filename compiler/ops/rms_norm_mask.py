@@ -1,4 +1,5 @@
-"""rms_norm_mask_int8: rms_norm_topk_int8 without its list; DropUnreadLists makes it of that.
+"""rms_norm_mask_int8: rms_norm_topk_int8 without its list; DropUnreadLists makes it of that, for
+GPUs.
 
 tensor | shape  | dtype | meaning
 x      | (M, K) | f32   |
@@ -21,9 +22,9 @@ rms_norm_mask_int8 = OpDef(
     tensors=parse("x f32[M, K]", "gain f32[K]"),
     statics={"eps": float, "k": int},
     results=parse("i8[M, K]", "f32[M]"),
-    schedules="rms_norm_mask",
+    schedules="rms_norm_topk",
     kernel=lambda schedule, size, static, target: schedule.kernel(
-        size("K"), static["k"], static["eps"], target
+        size("K"), static["k"], static["eps"], target, is_listed=False
     ),
     check=check,
 )

@@ -12,7 +12,6 @@ from compiler.kernels import in_force
 from schedules.targets import GpuTarget
 
 PROMPT = "prefill"  # how functions of a prompt's rows begin
-MAX_ROWS = 256  # m of every other step, whose result is logits of each row
 MAX_WANTED = 64  # r: rows of which the logits are wanted
 PLANNER_ATTR = "tir_var_upper_bound"  # read by StaticPlanBlockMemory
 
@@ -25,6 +24,7 @@ def bound_rows(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
     changed = mod.clone()
     for name, func in mod.functions_items():
         if isinstance(func, relax.Function):
-            rows = target.prompt_rows if name.name_hint.startswith(PROMPT) else MAX_ROWS
+            is_prompt = name.name_hint.startswith(PROMPT)
+            rows = target.prompt_rows if is_prompt else target.step_rows
             changed[name] = func.with_attr(PLANNER_ATTR, {"m": rows, "r": MAX_WANTED})
     return changed

@@ -13,7 +13,7 @@ import tvm
 from tvm import relax
 from tvm.relax.transform import DeadCodeElimination
 
-from compiler.kernels import families_of, in_force
+from compiler.kernels import in_force
 from compiler.ops import find_op
 from compiler.ops.rms_norm import rms_norm_int8
 from compiler.ops.rms_norm_mask import rms_norm_mask_int8
@@ -24,6 +24,7 @@ from compiler.passes.specialize_one_row import ONE
 from compiler.rebuild import rebuild
 from compiler.signature import same_shape
 from schedules.layouts import LAYOUTS
+from schedules.targets import GpuTarget
 
 LAYOUT = LAYOUTS["tiles_2bit"]
 LISTS = 2  # of the results of rms_norm_topk_int8, the first that is one
@@ -31,7 +32,7 @@ LISTS = 2  # of the results of rms_norm_topk_int8, the first that is one
 
 @tvm.transform.module_pass(opt_level=0, name="DropUnreadLists")
 def drop_unread_lists(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-    if not families_of(rms_norm_mask_int8.schedules, in_force().target.families):
+    if not isinstance(in_force().target, GpuTarget):
         return mod
     dense = rewrite(mod, lambda func: rebuild(func, {}, multiply_all))
     return rewrite(DeadCodeElimination()(dense), drop_lists)

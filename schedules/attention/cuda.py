@@ -26,7 +26,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
-from schedules.attention import prompt_cuda
+from schedules.attention import prompt_cuda, prompt_tile_cuda
 from schedules.attention.softmax import SMALLEST_UNIT
 from schedules.intrin import cuda
 from schedules.intrin.exp import nearest
@@ -343,8 +343,9 @@ def kernel(
     kv_bits: int,
     target: GpuTarget,
     launch_few: Callable[..., None] = launch_few,
+    launch_many: Callable[..., None] = prompt_cuda.launch,
 ) -> PrimFunc:
-    """`launch_few` is for fewer rows than prompt_cuda.py takes."""
+    """`launch_few` is for fewer rows than `launch_many` takes."""
     width = (num_heads + 2 * num_kv_heads) * head_dim
     code_dtype = "float16" if kv_bits == 16 else "uint8"
     rows, num_slots = Var("M", "int64"), Var("num_slots", "int64")
@@ -352,15 +353,15 @@ def kernel(
     heads = num_heads, num_kv_heads, head_dim, kv_bits
 
     def by_rows(*tensors):
-        prompt = prompt_cuda.Form(*heads)
+        prompt = prompt_tile_cuda.Form(*heads)
         if not prompt.is_possible:
             launch_few(*heads, rows, *tensors)
             return
-        with T.If(rows < prompt_cuda.FEWEST):
+        with T.If(rows < prompt_tile_cuda.FEWEST):
             with T.Then():
                 launch_few(*heads, rows, *tensors)
             with T.Else():
-                prompt_cuda.launch(prompt, *tensors, rows)
+                launch_many(prompt, *tensors, rows)
 
     @T.prim_func(s_tir=True)
     def attention(

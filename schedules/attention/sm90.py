@@ -1,10 +1,12 @@
-"""attention on Hopper: fewer rows than a prompt's by split_sm90.py, all else as on every GPU."""
+"""attention on Hopper: few rows by split_sm90.py, a prompt's by prompt_sm90.py."""
+
+from functools import partial
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.attention import cuda as every_gpu
-from schedules.attention import split_sm90
+from schedules.attention import prompt_sm90, split_sm90
 from schedules.intrin import cuda
 from schedules.targets import GpuTarget
 
@@ -31,4 +33,6 @@ def launch_few(
 def kernel(
     num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: GpuTarget
 ) -> PrimFunc:
-    return every_gpu.kernel(num_heads, num_kv_heads, head_dim, kv_bits, target, launch_few)
+    heads = num_heads, num_kv_heads, head_dim, kv_bits
+    launch_many = partial(prompt_sm90.launch, target.step_rows)
+    return every_gpu.kernel(*heads, target, launch_few, launch_many)

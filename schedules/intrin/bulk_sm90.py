@@ -1,8 +1,9 @@
 """Bulk copies into shared memory on Hopper: one thread asks, a barrier there counts the bytes.
 
-make(barrier)                                    one thread, once
+make(barrier, count=1)                           one thread, once
 expect(barrier, size); copy(...), copy(...)      size is of all the copies of a phase
 wait(barrier, phase % 2)                         every thread that reads what came
+arrive(barrier)                                  without bytes; `count` calls end a phase
 """
 
 from tvm.ir import Expr
@@ -13,18 +14,22 @@ from schedules.intrin import cuda
 BARRIER_BYTES = 8
 
 
-def make(barrier: Expr) -> None:
-    """For one call of `expect` a phase."""
-    cuda.ptx("mbarrier.init.shared.b64", barrier, T.uint32(1))
+def make(barrier: Expr, count: int = 1) -> None:
+    """For as many calls of `expect` or `arrive` a phase."""
+    cuda.ptx("mbarrier.init.shared.b64", barrier, T.uint32(count))
     cuda.ptx("fence.proxy.async.shared::cta")
 
 
-def expect(barrier: Expr, size: Expr) -> None:
+def expect(barrier: Expr, size: Expr | int) -> None:
     """The barrier's phase ends when `size` bytes have come."""
     cuda.ptx("mbarrier.arrive.expect_tx.shared.b64", barrier, T.cast(size, "uint32"))
 
 
-def copy(destination: Expr, source: Expr, size: Expr, barrier: Expr) -> None:
+def arrive(barrier: Expr) -> None:
+    cuda.ptx("mbarrier.arrive.shared.b64", barrier)
+
+
+def copy(destination: Expr, source: Expr, size: Expr | int, barrier: Expr) -> None:
     """`size` bytes, a multiple of 16, to an address of shared memory."""
     instruction = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
     cuda.ptx(instruction, destination, source, T.cast(size, "uint32"), barrier)

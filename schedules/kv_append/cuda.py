@@ -1,7 +1,7 @@
 """kv_append on CUDA: a warp a head, a lane every 32nd column; the packed row is put together in
 shared memory.
 
-    for m, h, kv in M, Hkv, 2:           blockIdx.x; 32 threads
+    for m, h, kv in M, Hkv, 2:           blockIdx.x; a warp each, up to 16 of one row a block
         amax = max |x|                   warp shuffles
         scale = float16(amax / qmax), in 2^-14 .. 65504
         code[D] = rint(x / scale) + qmax shared
@@ -9,6 +9,10 @@ shared memory.
 
 A step's rows of a slot stand at different positions, so no two blocks write the same bytes.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -24,6 +28,8 @@ from schedules.kv_append.generic import (
 )
 from schedules.targets import GpuTarget
 
+MAX_WARPS = 16
+
 
 def kernel(
     num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int, target: GpuTarget
@@ -34,12 +40,16 @@ def kernel(
     rows, num_slots = Var("M", "int64"), Var("num_slots", "int64")
     size, scale_size = Var("size", "int64"), Var("scale_size", "int64")
 
-    def append_head(codes, scales, qkv, slots, positions, block, t):
-        m, head = T.bind(block // (2 * num_kv_heads)), T.bind(block % (2 * num_kv_heads))
+    heads = 2 * num_kv_heads
+    warps = max(n for n in range(1, MAX_WARPS + 1) if heads % n == 0)
+
+    def append_head(codes, scales, qkv, slots, positions, block, warp, t):
+        m, head = T.bind(block * warps // heads), T.bind(block * warps % heads + warp)
         kv, h = T.bind(head // num_kv_heads), T.bind(head % num_kv_heads)
         start = T.bind((num_heads + head) * head_dim)
         where = (slots[m], h, kv)
-        write(codes, scales, lambda d: qkv[m, start + d], where, positions[m], head_dim, t)
+        own = Head(cuda.shared("uint8", warps * head_dim), warp * head_dim, head_dim, t)
+        write(own, codes, scales, lambda d: qkv[m, start + d], where, positions[m])
 
     @T.prim_func(s_tir=True)
     def kv_append(
@@ -52,16 +62,11 @@ def kernel(
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         with T.sblock("root"):
             with cuda.some_rows(rows):
-                with cuda.blocks(rows * (2 * num_kv_heads)) as block:
-                    with cuda.threads(cuda.WARP) as t:
-                        append_head(codes, scales, qkv, slots, positions, block, t)
+                with cuda.blocks(rows * (heads // warps)) as block:
+                    with cuda.threads(warps, "y") as warp, cuda.threads(cuda.WARP) as t:
+                        append_head(codes, scales, qkv, slots, positions, block, warp, t)
 
     return kv_append
-
-
-def _halves(codes, scales, value, where, position, head_dim: int, t) -> None:
-    with cuda.strided(head_dim, t, cuda.WARP) as d:
-        cuda.store(codes, T.cast(value(d), "float16"), *where, position * head_dim + d)
 
 
 def head_scale(amax: Expr, qmax: Expr) -> Expr:
@@ -71,50 +76,81 @@ def head_scale(amax: Expr, qmax: Expr) -> Expr:
     return T.max(half, T.float32(SMALLEST_SCALE))
 
 
-def _quantize(code, scales, value, where, position, head_dim: int, bits: int, t) -> None:
-    """code[:D] and the scale of a head's row."""
+@dataclass(frozen=True)
+class Head:
+    """A warp's row of D columns; its codes lie in shared memory from `first` on."""
+
+    codes: Any
+    first: Expr
+    dim: int
+    t: Expr  # lane
+
+    def each(self, parts: int = 1):
+        """Every column, or every byte of a plane with `parts` columns in it."""
+        return cuda.strided(self.dim // parts, self.t, cuda.WARP)
+
+    def gathered(self, parts: int, i: Expr, of_code: Callable[[Expr], Expr]) -> Expr:
+        return gathered(Shifted(self.codes, self.first), self.dim, parts, i, of_code)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A buffer from an index on."""
+
+    buffer: Any
+    first: Expr
+
+    def __getitem__(self, index: Expr) -> Expr:
+        return self.buffer[self.first + index]
+
+
+def _halves(head: Head, codes, scales, value, where, position) -> None:
+    with head.each() as d:
+        cuda.store(codes, T.cast(value(d), "float16"), *where, position * head.dim + d)
+
+
+def _quantize(head: Head, scales, value, where, position, bits: int) -> None:
+    """The codes and the scale of a head's row."""
     qmax = 2 ** (bits - 1) - 1
     peak = cuda.local("float32", 1)
     cuda.store(peak, T.float32(0), 0)
-    with cuda.strided(head_dim, t, cuda.WARP) as d:
+    with head.each() as d:
         cuda.store(peak, T.max(peak[0], T.abs(value(d))), 0)
     amax = cuda.warp_reduce(peak[0], "max")
     scale = T.bind(head_scale(amax, T.float32(qmax)))
-    with cuda.when(t == 0):
+    with cuda.when(head.t == 0):
         cuda.store(scales, T.cast(scale, "float16"), *where, position)
-    with cuda.strided(head_dim, t, cuda.WARP) as d:
-        cuda.store(code, quantized(value(d) / scale, qmax), d)
+    with head.each() as d:
+        cuda.store(head.codes, quantized(value(d) / scale, qmax), head.first + d)
     cuda.sync()
 
 
-def _store_nibbles(code, codes, where, base, head_dim: int, t) -> None:
-    with cuda.strided(head_dim // 2, t, cuda.WARP) as i:
-        cuda.store(codes, gathered(code, head_dim, 2, i, lambda c: c), *where, base + i)
+def _store_nibbles(head: Head, codes, where, base) -> None:
+    with head.each(2) as i:
+        cuda.store(codes, head.gathered(2, i, lambda c: c), *where, base + i)
 
 
-def _store_planes(code, codes, where, base, head_dim: int, t) -> None:
-    with cuda.strided(head_dim // 4, t, cuda.WARP) as i:
-        low = gathered(code, head_dim, 4, i, lambda c: c & T.uint8(3))
+def _store_planes(head: Head, codes, where, base) -> None:
+    with head.each(4) as i:
+        low = head.gathered(4, i, lambda c: c & T.uint8(3))
         cuda.store(codes, low, *where, base + i)
-    with cuda.strided(head_dim // 8, t, cuda.WARP) as i:
-        high = gathered(code, head_dim, 8, i, lambda c: c >> T.uint8(2))
-        cuda.store(codes, high, *where, base + head_dim // 4 + i)
+    with head.each(8) as i:
+        high = head.gathered(8, i, lambda c: c >> T.uint8(2))
+        cuda.store(codes, high, *where, base + head.dim // 4 + i)
 
 
-def _nibbles(codes, scales, value, where, position, head_dim: int, t) -> None:
-    code = cuda.shared("uint8", head_dim)
-    _quantize(code, scales, value, where, position, head_dim, 4, t)
-    _store_nibbles(code, codes, where, position * (head_dim // 2), head_dim, t)
+def _nibbles(head: Head, codes, scales, value, where, position) -> None:
+    _quantize(head, scales, value, where, position, 4)
+    _store_nibbles(head, codes, where, position * (head.dim // 2))
 
 
-def _planes(codes, scales, value, where, position, head_dim: int, t) -> None:
-    """3 bits, but for the bos row, which is one of nibbles."""
-    code = cuda.shared("uint8", head_dim)
+def _planes(head: Head, codes, scales, value, where, position) -> None:
+    """3 bits, but for the bos row, which is one of nibbles: all of a block are of one position."""
     with T.If(position == 0):
         with T.Then():
-            _quantize(code, scales, value, where, position, head_dim, BOS_BITS, t)
-            _store_nibbles(code, codes, where, 0, head_dim, t)
+            _quantize(head, scales, value, where, position, BOS_BITS)
+            _store_nibbles(head, codes, where, 0)
         with T.Else():
-            _quantize(code, scales, value, where, position, head_dim, 3, t)
-            base = T.bind(head_dim // 2 + (position - 1) * (3 * head_dim // 8))
-            _store_planes(code, codes, where, base, head_dim, t)
+            _quantize(head, scales, value, where, position, 3)
+            base = T.bind(head.dim // 2 + (position - 1) * (3 * head.dim // 8))
+            _store_planes(head, codes, where, base)

@@ -2,18 +2,25 @@
 
     for m in M:                              blockIdx.x
         h[P] = (x[m, :] * rstd) * gain       threadIdx.x: a run of P neighbouring columns each
-        low, high = 0, gamma                 bit patterns: non-negative floats order as they do
-        while high - low > 1, not exactly k reach low:
-            counts of |h| >= three bounds    a quarter of the range is left; two barriers
-        ties of low beyond k: not kept       a scan, only where more than k reach low
-        q[m, :] = quantize(h) where kept
+        h = 0 but for the k largest          histogram_cuda.py
+        q[m, :] = quantize(h)                gamma is of all of the row
         index[m, :] = columns of q != 0      a scan: runs are neighbours, so the list rises
 
     tile | value          | bound by
     P    | as in rms_norm | threads of a block
-    3    | bounds a pass  | counts of 17 bits, three in 64: K below 2^17
 
-k = K skips the selection.
+k = K skips the selection. rms_norm_mask_int8 leaves out the list, which costs a prompt more than
+its norm: 4 bytes a column that is not zero, each thread its own run of them, where q is one.
+
+Rows of which shared memory cannot list all columns (more than some 10000 on the least GPUs) find
+the k-th largest by bounds:
+
+    low, high = 0, gamma                     bit patterns: non-negative floats order as they do
+    while high - low > 1, not exactly k reach low:
+        counts of |h| >= three bounds        a quarter of the range is left; two barriers
+    ties of low beyond k: not kept           a scan, only where more than k reach low
+
+Three bounds a pass, because their counts of 17 bits fit 64: K below 2^17.
 """
 
 from tvm.script import tirx as T
@@ -23,14 +30,20 @@ from schedules.intrin import cuda
 from schedules.rms_norm.cuda import Row
 from schedules.rms_norm.generic import SMALLEST_STAT, int8_code, int8_factor, int8_scale
 from schedules.rms_norm_topk.generic import magnitude
+from schedules.rms_norm_topk.histogram_cuda import Selection, size_of
 from schedules.targets import GpuTarget
 
 BOUNDS = 3
 COUNT_BITS = 17
+STATIC_BYTES = 1024  # that other shared memory takes at most
+SMALL_BYTES = 48 * 1024  # above which TVM asks the driver, if dynamic memory alone is
 
 
-def kernel(k: int, keep: int, eps: float, target: GpuTarget) -> PrimFunc:
-    """(x, gain, q, scale, index, count) for rows of k columns of which the `keep` largest stay."""
+def kernel(k: int, keep: int, eps: float, target: GpuTarget, is_listed: bool = True) -> PrimFunc:
+    """(x, gain, q, scale, index, count) for rows of k columns of which the `keep` largest stay.
+
+    Without the last two where it is not listed.
+    """
     if not 1 <= keep <= k:
         raise ValueError(f"rms_norm_topk: keep {keep} asked, rows have {k} columns")
     assert k < 1 << COUNT_BITS, f"rms_norm_topk: {k} columns, counts have {COUNT_BITS} bits"
@@ -39,16 +52,20 @@ def kernel(k: int, keep: int, eps: float, target: GpuTarget) -> PrimFunc:
 
     def quantize_row(x, gain, q, scale, index, count, m, t):
         scratch = cuda.Scratch(t, row.threads)
+        selection = selection_of(row, keep, t, target)
         h = row.normed(x, gain, m, t, scratch)
         gamma = T.bind(T.max(row.max_abs(h, scratch), T.float32(SMALLEST_STAT)))
+        if selection:
+            selection.mask(h, [row.first(t) + i for i in range(row.run)], gamma)
         factor = T.bind(int8_factor(gamma))
         codes = cuda.local("int8", row.run)
         for i in range(row.run):
             cuda.store(codes, int8_code(h[i], factor), i)
-        if keep < k:
+        if keep < k and not selection:
             mask(codes, h, row, keep, gamma, t, scratch)
         row.store(lambda column, value: cuda.store(q, value, m, column), codes, t)
-        list_nonzero(codes, row, index, count, m, t, scratch)
+        if is_listed:
+            list_nonzero(codes, row, index, count, m, t, scratch)
         with cuda.when(t == 0):
             cuda.store(scale, int8_scale(gamma), m)
 
@@ -63,12 +80,30 @@ def kernel(k: int, keep: int, eps: float, target: GpuTarget) -> PrimFunc:
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         with T.sblock("root"):
+            T.reads()
+            T.writes()
             with cuda.some_rows(rows):
                 with cuda.blocks(rows) as m:
                     with cuda.threads(row.threads) as t:
                         quantize_row(x, gain, q, scale, index, count, m, t)
 
-    return rms_norm_topk
+    if is_listed:
+        return rms_norm_topk
+    func = rms_norm_topk
+    return PrimFunc(func.params[:4], func.body, func.ret_type, func.attrs)
+
+
+def selection_of(row: Row, keep: int, t, target: GpuTarget) -> Selection | None:
+    """None where all columns are kept, or a list of all does not fit."""
+    size = size_of(row.k)
+    if keep == row.k or size + STATIC_BYTES > target.shared_bytes:
+        return None
+    is_small = size + STATIC_BYTES <= SMALL_BYTES
+    memory = cuda.shared_bytes(size if is_small else max(size, SMALL_BYTES + 16))
+    selection = Selection(row.k, keep, t, row.threads, memory)
+    selection.clear()
+    cuda.sync()
+    return selection
 
 
 def mask(codes, h, row: Row, keep: int, gamma, t, scratch: cuda.Scratch) -> None:

@@ -127,6 +127,10 @@ CASES = {
             {"bits": 6},
         ),
         Case("float_matmul", {"x": ("float32", (M, 48)), "w": ("float16", (64, 48))}),
+        Case(
+            "glu_matmul",
+            QUANTIZED | {"gate": TILED["w"], "gate_scale": TILED["w_scale"]} | TILED,
+        ),
         Case("norm_matmul", ROW | TILED, {"eps": 1e-5, "act_bits": 4}),
         Case(
             "norm_glu_matmul",

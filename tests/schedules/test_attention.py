@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schedules.attention import prompt_sm90, sm90
 from schedules.targets import TARGETS
 from tests.schedules import kv_reference
-from tests.schedules.compiled import compiled, every_target
+from tests.schedules.compiled import compiled, every_target, params
 from tests.schedules.matmul_reference import module
 from tests.schedules.test_rms_norm import int8
 
@@ -86,14 +87,14 @@ def filled(shape, kv_bits, context, rng, size=1.0):
     return codes, scales
 
 
-def check(shape, kv_bits, target, cache, slots, positions, rng, size=1.0, qkv=None):
+def check(shape, kv_bits, target, cache, slots, positions, rng, size=1.0, qkv=None, run=None):
     heads, kv_heads, dim = shape
     codes, scales = cache
     m = len(slots)
     if qkv is None:
         qkv = (size * rng.standard_normal((m, (heads + 2 * kv_heads) * dim))).astype(F32)
     y = np.full((m, heads * dim), np.nan, F32)
-    run = built(shape, kv_bits, target.name)
+    run = run or built(shape, kv_bits, target.name)
     *inputs, y = run(qkv, codes, scales, np.asarray(slots), np.asarray(positions), y)
     levels = [kv_reference.levels(codes[slot], kv_bits, dim) for slot in range(SLOTS)]
     q = qkv[:, : heads * dim].reshape(m, heads, dim)
@@ -169,6 +170,26 @@ def test_prompts_of_several_slots(shape, kv_bits, target):
     positions = np.arange(40, 80)
     for size in (1e-3, 50.0, 1e3):  # flat; sharp
         check(shape, kv_bits, target, cache, [2] * 40, positions, rng, size=size)
+
+
+@pytest.mark.parametrize("target", params([TARGETS["cuda-sm90"]]))
+@pytest.mark.parametrize("form", prompt_sm90.FORMS)
+@pytest.mark.parametrize("kv_bits", [4, 3])
+@pytest.mark.parametrize("shape", TILED, ids=str)
+def test_unpacked_before(shape, kv_bits, form, target):
+    """Hopper's kernels for steps of more rows than these: levels of several slots, and of one."""
+    launch = functools.partial(prompt_sm90.launch_unpacked, form)
+    func = sm90.every_gpu.kernel(*shape, kv_bits, target, launch_many=launch)
+    run, rng, context = compiled(func, target), np.random.default_rng(10), 300
+    cache = filled(shape, kv_bits, context, rng)
+    for runs in (
+        [(3, 0, 150)],
+        [(0, 5, 9), (2, 290, 10), (4, 63, 40), (1, 0, 1), (3, 299, 1), (0, 100, 30)],
+    ):
+        slots = np.concatenate([np.full(n, slot) for slot, _, n in runs])
+        positions = np.concatenate([np.arange(first, first + n) for _, first, n in runs])
+        check(shape, kv_bits, target, cache, slots, positions, rng, run=run)
+        check(shape, kv_bits, target, cache, slots, positions, rng, size=1e3, run=run)
 
 
 @EVERY_TARGET

@@ -29,7 +29,8 @@ KERNELS = (
     ("rms_norm", ("int8", 2560, 1e-5), ()),
     ("rms_norm", ("fp4", 17, 1e-5), ()),
     ("rms_norm_topk", (2560, 1280, 1e-5), ()),
-    ("rms_norm_mask", (2560, 1280, 1e-5), ()),
+    ("rms_norm_topk", (30000, 1280, 1e-5), ()),
+    ("rms_norm_topk", (2560, 1280, 1e-5), (False,)),
     ("ternary_matmul", (640, 512, 4), ("scale",)),
     ("ternary_matmul", (130, 272, 8), ("glu",)),
     ("ternary_matmul", (130, 257, 8), ("glu",)),
@@ -45,6 +46,7 @@ KERNELS = (
     ("attention", (4, 2, 40, 3), ()),
     *(("attention", (8, 2, 128, bits), ()) for bits in (4, 3)),
     # Of one family
+    ("glu_matmul", (130, 272), ()),
     *(("norm_matmul", (130, 260, "int4", 1e-5), (end,)) for end in ("scale", "residual", "glu")),
     ("norm_matmul", (130, 260, "int8", 1e-5), ("residual", 130)),
     *(("rope_attention", (*HEADS, 64, bits), ()) for bits in (4, 3)),

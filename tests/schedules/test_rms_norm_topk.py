@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from schedules.targets import TARGETS
-from tests.schedules.compiled import ROWS, compiled, every_target
+from tests.schedules.compiled import ROWS, compiled, every_gpu, every_target, params
 from tests.schedules.matmul_reference import module
 from tests.schedules.test_rms_norm import EPS, F32, int8, norm, rows
 
+EVERY_GPU = pytest.mark.parametrize("target", params(every_gpu("rms_norm_topk")))
 EVERY_TARGET = pytest.mark.parametrize("target", every_target("rms_norm_topk"))
 
 CASES = [(k, keep) for k in (8, 17, 100, 160) for keep in (1, k // 2, k - 1, k)]
@@ -20,9 +21,9 @@ CASES += [(512, 256), (2560, 1280), (6912, 3456), (6912, 6912)]
 
 
 @functools.cache
-def built(k, keep, eps, target_name):
+def built(k, keep, eps, target_name, *end):
     target = TARGETS[target_name]
-    return compiled(module("rms_norm_topk", target).kernel(k, keep, eps, target), target)
+    return compiled(module("rms_norm_topk", target).kernel(k, keep, eps, target, *end), target)
 
 
 def topk_int8(h, keep):
@@ -54,6 +55,27 @@ def test_matches_definition(k, keep, target):
     gain = np.random.default_rng(k).uniform(0.5, 2, k).astype(F32)
     for m in ROWS if k == 512 else (1, 5):
         check(rows(m, k, seed=m), gain, keep, target)
+
+
+@EVERY_GPU
+@pytest.mark.parametrize("k, keep", [(8, 1), (17, 8), (160, 159), (2560, 1280), (6912, 3456)])
+def test_without_a_list(k, keep, target):
+    gain, is_listed = np.random.default_rng(k).uniform(0.5, 2, k).astype(F32), False
+    for m in (1, 5, 40):
+        x, outputs = rows(m, k, seed=m), (np.full((m, k), 99, np.int8), np.zeros(m, F32))
+        q, scale = built(k, keep, EPS, target.name, is_listed)(x, gain, *outputs)[2:]
+        expected_q, expected_scale = topk_int8(norm(x, gain, EPS), keep)
+        np.testing.assert_array_equal(scale, expected_scale)
+        np.testing.assert_array_equal(q, expected_q)
+
+
+@EVERY_GPU
+def test_rows_too_long_to_list(target):
+    """Twice, and with ties: columns of few magnitudes."""
+    k, rng = 30000, np.random.default_rng(0)
+    gain = np.ones(k, F32)
+    check(rows(3, k, seed=1), gain, k // 2, target)
+    check(rng.choice(F32([-2, -1, 0.5, 1]), (2, k)), gain, k // 3, target)
 
 
 @EVERY_TARGET

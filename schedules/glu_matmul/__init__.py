@@ -1,0 +1,1 @@
+"""glu_matmul: gate and up projection of a prompt at once."""
