@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu_attention_cases import append, attention, rope
 from benchmarks.gpu_case import Case, empty, floats, int8, integers
-from compiler.kernels import Schedule, default_choice
+from compiler.kernels import Schedule, default_choice, families_of
 from schedules.layouts import LAYOUTS
 from schedules.targets import GpuTarget
 
@@ -67,6 +67,25 @@ def matmul(group: str, n: int, k: int, m: int, act_bits: int = 8, rivals: bool =
         kernel_end=("scale",),
         cold=(2, 3),
     )
+
+
+def gated(n: int, k: int, m: int) -> Case:
+    """A prompt's gate and up projection in one."""
+    gate, w = integers(-1, 1, n, k), integers(-1, 1, n, k)
+
+    def inputs():
+        scales = torch.rand(m, device="cuda"), *torch.rand(2, n, device="cuda").unbind()
+        weights = packed("tiles_2bit", gate), packed("tiles_2bit", w)
+        q = integers(-8, 7, m, k)
+        return [q, scales[0], weights[0], scales[1], weights[1], scales[2], empty(m, n)]
+
+    def expected(arrays):
+        q, scale, _, gate_scale, _, w_scale, _ = arrays
+        g = (exact(q, gate) * (scale[:, None] * gate_scale)).clamp_min(0)
+        return [g * g * (exact(q, w) * (scale[:, None] * w_scale))]
+
+    name, operations = f"gate and up 2 x {n}x{k} M={m} int4", 4 * m * n * k
+    return Case("gemm", name, "glu_matmul", (n, k), inputs, 1, expected, operations=operations)
 
 
 def torch_matmuls(n: int, k: int, m: int) -> dict:
@@ -203,9 +222,12 @@ def cases(target: GpuTarget) -> Iterator[Case]:
     for m in (2, 4, 8, 16):
         for n, k in ((2560, 2560), (13824, 2560), (2560, 6912)):
             yield matmul("batch", n, k, m, rivals=False)
-    for m in (128, 512, 2048, 4096):
+    for m in (128, 256, 512, 1024, 2048, 4096):
         for n, k in ((13824, 2560), (2560, 6912), (3840, 2560)):
             yield matmul("gemm", n, k, m)
+    if families_of("glu_matmul", target.families):
+        for m in (512, 2048):
+            yield gated(6912, 2560, m)
     for m in (1, 2048):
         yield sparse(target, 2560, 6912, 0.84, m)
         yield sparse(target, 2560, 2560, 0.5, m)
