@@ -4,10 +4,17 @@
 
 The golden file has a line for each launch: threads, the PTX it asks for by name and how often, and
 a hash of its CUDA source. A GPU runs the kernels by the ops' own tests.
+
+Kernels that are launched early wait for what the launch before them writes; nvcc may take a load
+of const data over that wait, so the machine code is looked at, too.
 """
 
 import hashlib
+import os
 import re
+import subprocess
+import sysconfig
+import tempfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -16,7 +23,9 @@ import pytest
 import tvm
 
 from compiler import nvcc
-from compiler.kernels import Schedule, default_choice, families_of
+from compiler.kernels import Schedule, default_choice, families_of, using
+from compiler.passes.launch_early import launch_early
+from schedules.intrin.cuda import WAITS_ITSELF
 from schedules.targets import TARGETS, GpuTarget
 
 GOLDEN = Path(__file__).parent / "golden" / "cuda.txt"
@@ -52,6 +61,9 @@ KERNELS = (
     *(("rope_attention", (*HEADS, 64, bits), ()) for bits in (4, 3)),
     ("ternary_matmul", (8464, 260, 4), ("scale",)),
 )
+CUDA_TOOLS = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")  # of the wheels of `dev`
+WAIT = "ACQBULK"  # griddepcontrol.wait in machine code
+LOAD = re.compile(r"\b(LDG|LD|LDGSTS|UBLKCP|UTMALDG)\b")  # from global memory
 GPU_ROWS = [row for row in TARGETS.values() if isinstance(row, GpuTarget) and len(row.archs) == 1]
 
 
@@ -60,8 +72,8 @@ def label(folder: str, args: tuple, end: tuple) -> str:
 
 
 @cache
-def source(target: GpuTarget) -> str:
-    """CUDA source of all kernels; function i is that of KERNELS[i]."""
+def functions(target: GpuTarget) -> tvm.IRModule:
+    """All kernels, as a build hands them to TVM; function i is that of KERNELS[i]."""
     funcs = {}
     for i, (folder, args, end) in enumerate(KERNELS):
         if not families_of(folder, target.families):
@@ -69,8 +81,15 @@ def source(target: GpuTarget) -> str:
         schedule = Schedule(folder, default_choice(folder, target.families))
         func = schedule.kernel(*args, target, *end)
         funcs[f"op{i}"] = func.with_attr("global_symbol", f"op{i}")
+    with using(target):
+        return launch_early(tvm.IRModule(funcs))
+
+
+@cache
+def source(target: GpuTarget) -> str:
+    """CUDA source of all kernels."""
     with nvcc.uncompacted():
-        built = tvm.compile(tvm.IRModule(funcs), target=target.to_tvm())
+        built = tvm.compile(functions(target), target=target.to_tvm())
     return built.mod.imports[0].inspect_source()
 
 
@@ -124,7 +143,36 @@ def test_compiles(target):
         assert described(family, target) == kept
     others = [row.archs[0] for row in GPU_ROWS if row.families == target.families]
     archs = [*(arch.replace("sm_", "compute_") for arch in others[1:]), *target.archs]
-    assert nvcc.compile_fat(source(target), archs, nvcc.find_nvcc(target))
+    binary = nvcc.compile_fat(source(target), archs, nvcc.find_nvcc(target))
+    if target.can_launch_early:
+        kernels = functions(target).functions_items()
+        waiting = {name.name_hint for name, func in kernels if WAITS_ITSELF in func.attrs}
+        early = load_before_the_wait(binary, target)
+        assert early and early <= waiting  # which load weights
+
+
+def load_before_the_wait(binary: bytes, target: GpuTarget) -> set[str]:
+    """Kernels a launch of which loads from global memory before it has waited."""
+    found = set()
+    for name, lines in machine_code(binary, target).items():
+        wait = next(number for number, line in enumerate(lines) if WAIT in line)
+        if any(LOAD.search(line) for line in lines[:wait]):
+            found.add(name.split("_")[0])
+    return found
+
+
+def machine_code(binary: bytes, target: GpuTarget) -> dict[str, list[str]]:
+    """By launch, its instructions."""
+    tools = os.environ | {"PATH": f"{CUDA_TOOLS}:{os.environ['PATH']}"}
+    with tempfile.NamedTemporaryFile(suffix=".fatbin") as file:
+        file.write(binary)
+        file.flush()
+        command = [CUDA_TOOLS / "cuobjdump", "-sass", "-arch", target.archs[0], file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, env=tools).stdout
+    parts = re.split(r"\bFunction : (\S+)\n", text)[1:]
+    code = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert len(code) == sum(map(len, launches(source(target)).values()))
+    return {name: re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?);", body) for name, body in code.items()}
 
 
 if __name__ == "__main__":
