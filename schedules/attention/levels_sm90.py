@@ -5,8 +5,8 @@
         k[64, D], v[D, 64] = levels(b)              shared; unpack_cuda.py
         levels[slot, kv_head, b] = k, v, scales     as a tile wants them in its shared memory
 
-A prompt of 2048 tokens would else unpack each block for up to 128 tiles. One layer's levels are 8
-bits where all layers' cache has 3: a twelfth of it at 30 layers.
+A prompt of 2048 tokens would else unpack each block for up to 128 tiles. One layer's levels take 10
+bits, padding and scales with them, where every layer's cache has 3: a ninth of it at 30 layers.
 """
 
 from dataclasses import replace
