@@ -17,9 +17,10 @@ VBMI_HOST = [*VNNI_HOST, "avx512vbmi"]
         (["avx2"], "generic"),
         (AVX2_HOST, "x86-avx2"),
         (AVX512_HOST, "x86-avx2"),
+        ([*AVX2_HOST, "avx_vnni"], "x86-avxvnni"),
         (VNNI_HOST, "x86-avx512vnni"),
         (VBMI_HOST, "x86-avx512vbmi"),
-        ([*VBMI_HOST, "amx_tile", "amx_int8"], "x86-amx"),
+        ([*VBMI_HOST, "avx_vnni", "amx_tile", "amx_int8"], "x86-amx"),
     ],
 )
 def test_detect_native(flags, name):
