@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable
 from schedules.targets import TARGETS, CpuTarget, find
 from tests.schedules.compiled import is_emulated
 
-EMULATED_SHARE, OTHER_SHARE = 10, 4  # one case in so many
+EMULATED_SHARE, OTHER_SHARE = 12, 6  # one case in so many
 
 
 def pytest_collection_modifyitems(config, items):

@@ -286,8 +286,6 @@ def test_report_moves_choices_where_every_default_stays(kernel, tmp_path, monkey
     monkeypatch.setattr(generic, "kernel", refusing)
     monkeypatch.setattr(generic, "KNOBS", {"lanes": (1, 400, 60)})
     tasks = [make_task(32), make_task(48)]
-    _, text = reported(tmp_path, tasks)
-    assert "Nothing besides the defaults was measured" in text
     tuned(tmp_path / "records", tasks=tasks, trials=4)
     rows, text = reported(tmp_path, tasks)
     assert [row.choice for row in rows] == [task.default for task in tasks]
@@ -297,6 +295,9 @@ def test_report_moves_choices_where_every_default_stays(kernel, tmp_path, monkey
     refused = "not built: no 60 lanes of 48"
     assert f"| N=48 K=24 | N=32 K=24 | generic lanes=60 | {refused} | |" in text
     assert "| N=32 K=24 | itself | generic lanes=60 | 0." in text
+    bare = [replace(row, moved={}) for row in rows]
+    text = page.write(tmp_path / "bare", "planted", bare, "both", None).read_text()
+    assert "Nothing besides the defaults was measured" in text
 
 
 def test_report_tells_what_hangs(kernel, tmp_path, monkeypatch):
