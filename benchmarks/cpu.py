@@ -33,7 +33,7 @@ from runtime.errors import ArtifactError
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("TQ2_0", "TQ1_0")  # llama.cpp's ternary formats
-READ = "read"  # the streaming read, in a process of its own
+READ, DENSE = "read", "our dense"  # processes of their own: a streaming read, a dense kernel
 STREAM_BYTES = 1 << 29
 COLD_BYTES = 300e6  # that the copies of a kernel's weights take: past every cache
 MOST_COPIES = 1000  # a graph of ggml holds 2048 nodes
@@ -53,6 +53,7 @@ class Bench:
         self.rows: list[Row] = []
         self.reader = Worker(READ, sys.executable, HERE / "cpu_worker.py")
         self.reader.ask("prepare", kind="stream", nbytes=STREAM_BYTES)
+        self.dense = Worker(DENSE, sys.executable, HERE / "cpu_worker.py")
         self.workers = {OURS: Worker(OURS, sys.executable, HERE / "cpu_worker.py")}
         if options.peer_python:
             for kind in options.peers:
@@ -60,15 +61,27 @@ class Bench:
                 self.workers[kind] = Worker(kind, options.peer_python, script)
         self.shape = json.loads((options.artifact / "config.json").read_text(encoding="utf-8"))
         self.manifest = json.loads((options.artifact / "artifact.json").read_text(encoding="utf-8"))
-        self.versions = {
-            name: worker.ask("hello")["version"]
-            for name, worker in self.workers.items()
-            if name != OURS
-        }
+        self.versions = {name: self.version(name) for name in self.workers if name != OURS}
 
     def close(self) -> None:
-        for worker in (self.reader, *self.workers.values()):
+        for worker in (self.reader, self.dense, *self.workers.values()):
             worker.close()
+
+    def version(self, peer: str) -> str:
+        try:
+            return self.workers[peer].ask("hello")["version"]
+        except WorkerError as error:
+            raise WorkerError(
+                f"{error}: {self.options.peer_python} said why above; possible: --peer-python "
+                "with a Python that has llama-cpp-python, gguf and numpy"
+            ) from error
+
+    def worker(self, name: str) -> Worker:
+        return self.dense if name == DENSE else self.workers[name]
+
+    @property
+    def engines(self) -> list[str]:
+        return [*self.workers, DENSE]
 
     def measure(
         self,
@@ -88,13 +101,13 @@ class Bench:
             if floor:
                 reads.append(self.reader.ask("kernel", threads=threads)["seconds"])
             for name, seconds in ask.items():
-                found = seconds(self.workers[name])
+                found = seconds(self.worker(name))
                 if repetition:
                     samples[name].append(found)
         bandwidth = STREAM_BYTES / statistics.median(reads[1:]) if reads else 0
         row = Row(group, test, threads, amount, unit, samples, floor, bandwidth)
         self.rows.append(row)
-        print(show_row(self.workers, row), file=sys.stderr)
+        print(show_row(self.engines, row), file=sys.stderr)
 
     def kernel(
         self, test: str, amount: float, unit: str, ask: dict[str, dict], share: float = 0
@@ -102,7 +115,7 @@ class Bench:
         """Prepared kernels of the engines in `ask`, at every number of threads; of its weights
         ours needs `share`, 0 where something else bounds it."""
         nbytes = {
-            name: self.workers[name].ask("prepare", **r).get("bytes") for name, r in ask.items()
+            name: self.worker(name).ask("prepare", **r).get("bytes") for name, r in ask.items()
         }
         floor = {OURS: nbytes[OURS] * share} if share else {}
         for threads in self.options.threads:
@@ -142,7 +155,10 @@ def measure_kernels(bench: Bench) -> None:
     copies = cold_copies(glu * hidden / 4)
     for zeros in ZEROS:
         sizes = {"n": hidden, "k": glu, "m": 1, "copies": copies}
-        ask = {OURS: {"kind": "sparse", "zeros": zeros, **sizes}}
+        ask = {
+            OURS: {"kind": "sparse", "zeros": zeros, **sizes},
+            DENSE: {"kind": "matmul", "act_bits": 8, **sizes},
+        }
         bench.kernel(f"down_proj, {zeros:.0%} zeros", 1e-6, "M call", ask, share=1 - zeros)
     sizes = {"n": bench.shape["vocab_size"], "k": hidden, "m": 1, "copies": 2}
     for bits in HEAD_BITS:
@@ -243,7 +259,8 @@ def host_facts(bench: Bench) -> dict[str, Any]:
 def write(bench: Bench) -> None:
     folder = bench.options.output
     facts = host_facts(bench)
-    text = table(facts, bench.workers, bench.rows)
+    measured = {name for row in bench.rows for name in row.samples}
+    text = table(facts, [name for name in bench.engines if name in measured], bench.rows)
     (folder / "cpu.md").write_text(text, encoding="utf-8")
     found = {"host": facts, "versions": bench.versions}
     found["rows"] = [asdict(row) for row in bench.rows]
@@ -253,10 +270,24 @@ def write(bench: Bench) -> None:
 
 
 def whole_numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError(text)
-    return numbers
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"asked for {text!r}; possible: whole numbers from 1 on, with commas between"
+        )
+    return [int(part) for part in parts]
+
+
+def check_positions(options: argparse.Namespace, context: int) -> None:
+    """A WorkerError where a group that was asked for needs more positions than the model has."""
+    asked = {}
+    if "model" in options.only:
+        asked = {"--prompts": max(options.prompts), "--decode": options.decode}
+    if "context" in options.only:
+        asked["--repetitions"] = DECODE_STEPS * (options.repetitions + 1) + 1
+    for name, positions in asked.items():
+        if positions > context:
+            raise WorkerError(f"{name}: asked for {positions} positions; possible: 1 to {context}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -291,27 +322,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    options.output.mkdir(parents=True, exist_ok=True)
     try:
-        Artifact.open(options.artifact, verify=False)  # one for another machine is refused first
+        artifact = Artifact.open(options.artifact, verify=False)  # another machine's is refused
+        check_positions(options, artifact.context_length)
+        options.output.mkdir(parents=True, exist_ok=True)
         bench = Bench(options)
         try:
-            measure_stream(bench)
-            if "kernels" in options.only:
-                measure_kernels(bench)
-            if {"model", "context"} & set(options.only):
-                load_models(bench)
-            if "model" in options.only:
-                measure_model(bench)
-            if "context" in options.only:
-                measure_context(bench)
-            write(bench)
-        finally:
+            measure_all(bench)
+        finally:  # what is measured is kept, whatever ended it
             bench.close()
+            if bench.rows:
+                write(bench)
     except (WorkerError, ArtifactError, OSError) as error:
         print(f"benchmarks.cpu: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks.cpu: interrupted; what was measured is kept", file=sys.stderr)
+        return 130
     return 0
+
+
+def measure_all(bench: Bench) -> None:
+    groups = bench.options.only
+    measure_stream(bench)
+    if "kernels" in groups:
+        measure_kernels(bench)
+    if {"model", "context"} & set(groups):
+        load_models(bench)
+    if "model" in groups:
+        measure_model(bench)
+    if "context" in groups:
+        measure_context(bench)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ avx512vnni.py's nest with another product of a slab: 32 rows and two groups of 1
 time, four tiles of sums that are loaded and stored once a slab of 1024 columns.
 
     tile       | value | bound by
-    TILED_ROWS | 16    | a tile; 1024 multiply-adds a cycle beat a walk at any density met
+    TILED_ROWS | 16    | a tile; at 84 % zeros and 128 rows avx512vnni.py's walk takes 0.86 of its
+               |       | time here, which a record may choose
 
 Measured: Sapphire Rapids class Xeon, 2 cores, busy, 2026-11-22, 2560 x 6912, 128 rows, two threads:
 4.3 ms (avx2.py 10.4 at 84 % zeros). A loop of tile loads and products alone ran there at 77 cycles

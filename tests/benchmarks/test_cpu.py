@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_worker_that_cannot_start(tmp_path):
     "options, problem",
     [
         (["{}"], "it has no artifact.json"),
-        (["{}", "-t", "0"], "argument -t/--threads: invalid"),
+        (["{}", "-t", "0"], "-t/--threads: asked for '0'; possible: whole numbers from 1 on"),
         (["{}", "--only", "speed"], "invalid choice: 'speed'"),
     ],
 )
@@ -72,3 +73,48 @@ def test_table_has_medians_ranges_ratios_and_the_share_of_the_bandwidth():
     ours, peer = "4 (2-8) token/s", "2 (1-2) token/s"
     assert cells == ["model", "tg8", "2", ours, peer, "2.00", "25%"]
     json.dumps(cpu.asdict(row))
+
+
+@pytest.mark.parametrize(
+    "options, refusal",
+    [
+        (["-p", "16,2000"], "--prompts: asked for 2000 positions; possible: 1 to 1024"),
+        (["-n", "1025"], "--decode: asked for 1025 positions; possible: 1 to 1024"),
+        (["-r", "100"], "--repetitions: asked for 1617 positions; possible: 1 to 1024"),
+        (["-p", "2000", "--only", "kernels"], None),
+        (["-p", "1024", "-n", "1024"], None),
+    ],
+)
+def test_positions_are_checked_before_anything_is_measured(tmp_path, options, refusal):
+    (tmp_path / "artifact.json").touch()
+    parsed = cpu.parse([str(tmp_path), *options])
+    if refusal is None:
+        return cpu.check_positions(parsed, 1024)
+    with pytest.raises(WorkerError, match=refusal):
+        cpu.check_positions(parsed, 1024)
+
+
+@pytest.mark.parametrize("ending", [WorkerError("ours: ended"), KeyboardInterrupt()])
+def test_what_is_measured_is_kept(tmp_path, monkeypatch, ending):
+    """A group that fails, or Ctrl-C, after the first row."""
+
+    class Bench:
+        def __init__(self, options):
+            self.options, self.rows, self.versions = options, [], {}
+            self.workers, self.engines = {"ours": None}, ["ours", cpu.DENSE]
+            self.manifest = {"model": "tiny", "target": "generic"}
+
+        def close(self):
+            pass
+
+    def measure(bench):
+        bench.rows.append(cpu_page.Row("model", "pp8", 1, 8, "token", {"ours": [1.0]}))
+        raise ending
+
+    (tmp_path / "artifact.json").touch()
+    monkeypatch.setattr(cpu, "Bench", Bench)
+    monkeypatch.setattr(cpu, "measure_all", measure)
+    monkeypatch.setattr(cpu.Artifact, "open", lambda *_, **__: SimpleNamespace(context_length=4096))
+    code = cpu.main([str(tmp_path), "-o", str(tmp_path / "out"), "-t", "1"])
+    assert code == (130 if isinstance(ending, KeyboardInterrupt) else 2)
+    assert "| model | pp8 | 1 | 8 (8-8) token/s |" in (tmp_path / "out" / "cpu.md").read_text()
