@@ -215,6 +215,9 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{sum(len(directory.records) for directory in found)} records to {arguments.file}")
 
 
+EXPORTED = "possible: a file that compiler.records export wrote"
+
+
 def import_(arguments: argparse.Namespace) -> None:
     root = arguments.records or user_root()
     with tempfile.TemporaryDirectory(prefix="records-") as scratch:
@@ -222,8 +225,13 @@ def import_(arguments: argparse.Namespace) -> None:
             with tarfile.open(arguments.file) as archive:
                 archive.extractall(scratch, filter="data")
         except (tarfile.TarError, EOFError) as error:
-            raise BuildError(f"{arguments.file}: not an exported file ({error})") from error
-        paths = directories(Path(scratch), arguments.file)
+            raise BuildError(f"{arguments.file}: not an exported file; {EXPORTED}") from error
+        except OSError as error:
+            raise BuildError(
+                f"{arguments.file}: cannot be read ({error.strerror}); {EXPORTED}"
+            ) from error
+        if not (paths := store.find_directories(Path(scratch))):
+            raise BuildError(f"{arguments.file}: no records; {EXPORTED}")
         try:
             sources = [store.read(path) for path in paths]
             if problems := [problem for source in sources for problem in source.problems]:
@@ -235,9 +243,8 @@ def import_(arguments: argparse.Namespace) -> None:
 
 
 def prune(arguments: argparse.Namespace) -> None:
-    paths = [arguments.path] if (arguments.path / store.MACHINE).exists() else []
     with ExitStack() as stack:
-        paths = paths or list(directories(arguments.path))
+        paths = directories(arguments.path)
         if not arguments.dry_run:
             for path in paths:
                 stack.enter_context(held(path))
@@ -267,11 +274,15 @@ def is_current(record: store.Record, winner: store.Record) -> bool:
     return same_default and record.race in (0, winner.race)
 
 
-def directories(root: Path, name: Path | None = None) -> Sequence[Path]:
-    """Of machines, below a root; BuildError where there are none."""
+def directories(root: Path) -> Sequence[Path]:
+    """Of machines: this one, or those below a root; BuildError where there are none."""
+    if (root / store.MACHINE).exists():
+        return [root]
     if found := store.find_directories(root):
         return found
-    raise BuildError(f"{name or root}: no records; possible: a root as compiler.tune writes it")
+    raise BuildError(
+        f"{root}: no records; possible: a root as compiler.tune writes it, or a machine's directory"
+    )
 
 
 def read(path: Path) -> store.Directory:

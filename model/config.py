@@ -202,7 +202,9 @@ class ModelConfig:
         except OSError as error:
             raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
         except ValueError as error:
-            raise ConfigError(f"config: {path} is not JSON: {error}") from error
+            raise ConfigError(
+                f"config: {path} is not JSON: {error}; possible: a checkpoint's config.json"
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError(f"config: {path} must hold a JSON object")
         return cls.from_dict(values, default_name=path.resolve().parent.name)

@@ -21,9 +21,16 @@ def row(progress: Progress) -> list[str]:
         f"{100 * progress.share:.0f} %",
         f"{progress.trials}/{progress.allotted}",
         best(progress),
-        str(progress.result) if progress.result else f"({1 / progress.best:.2f}x)",
+        gain(progress),
         progress.state + (f", {progress.failed} failed" if progress.failed else ""),
     ]
+
+
+def gain(progress: Progress) -> str:
+    """What the race found, or, in brackets, what the search promises so far."""
+    if progress.result:
+        return str(progress.result)
+    return f"({1 / progress.best:.2f}x)" if progress.trials else ""
 
 
 def best(progress: Progress) -> str:

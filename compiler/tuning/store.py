@@ -103,7 +103,7 @@ def read_machine(path: Path) -> tuple[str, Machine]:
         if not ROW.fullmatch(values["target"]):  # it becomes a directory's name
             raise ValueError(values["target"])
         return values["target"], Machine.from_dict(values["machine"])
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RecordError(
             f"{path}: no {MACHINE}; possible: a machine's directory, as compiler.records list "
             "names it"

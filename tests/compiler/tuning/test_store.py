@@ -312,8 +312,15 @@ def umask() -> int:
 
 def test_import_refuses_a_foreign_file(tmp_path, capsys):
     (tmp_path / "text").write_text("no archive")
-    assert command("import", tmp_path / "text", "--records", tmp_path / "root") == 2
-    assert "not an exported file" in capsys.readouterr().err
+    for name, problem in (
+        ("text", "not an exported file"),
+        ("none", "cannot be read (No such file or directory)"),
+    ):
+        assert command("import", tmp_path / name, "--records", tmp_path / "root") == 2
+        assert capsys.readouterr().err == (
+            f"compiler.records: {tmp_path / name}: {problem}; possible: a file that "
+            "compiler.records export wrote\n"
+        )
     path = filled(tmp_path / "root", line(1))
     (path / store.RECORDS).write_text("[1]\n")
     assert command("export", tmp_path / "bad.tar.gz", "--records", tmp_path / "root") == 0
@@ -388,6 +395,15 @@ def test_list_and_show(tmp_path, capsys):
     assert command("show", path) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "int8_matmul K=64 N=32 eps=1e-05 generic streams=2 1: 2000 2 1" in shown
+
+
+def test_a_machines_directory_is_merged_and_a_file_is_none(tmp_path, capsys):
+    path = filled(tmp_path / "root", line(1))
+    assert command("merge", path, "--into", tmp_path / "there") == 0
+    assert len(store.read(tmp_path / "there" / path.relative_to(tmp_path / "root")).records) == 1
+    capsys.readouterr()
+    assert command("show", path / store.MACHINE) == 2
+    assert "machine.json: no machine.json; possible: a machine's" in capsys.readouterr().err
 
 
 def test_list_goes_on_after_a_bad_directory(tmp_path, capsys):
