@@ -24,11 +24,15 @@ def table(rows: Sequence[Row], weigh: str) -> list[str]:
     ]
     for row in rows:
         for m in row.task.rows(weigh):
-            of = gain(row.default[m], row.tuned[m])
-            sizes = [cell(times, m) for times in (row.tvm, row.default, row.tuned)]
+            sizes = [cell(times, m) for times in (row.tvm, row.default)]
+            if row.choice == row.task.default:  # nothing to be compared
+                tuned = "the default | none | "
+            else:
+                of = gain(row.default[m], row.tuned[m])
+                tuned = f"{cell(row.tuned, m)} | {of} | {of.low:.2f} to {of.high:.2f}"
             lines.append(
                 f"| {row.task.op.name} | {row.task.shape} | {m} | {' | '.join(sizes)} "
-                f"| {of} | {of.low:.2f} to {of.high:.2f} | {describe(row.choice)} | {row.origin} |"
+                f"| {tuned} | {describe(row.choice)} | {row.origin} |"
             )
     return lines
 
@@ -76,7 +80,8 @@ def write(
         f"# Tuning: {title}",
         "",
         f"{time.strftime('%Y-%m-%d')}. Cold weights; medians of interleaved rounds ± half of the "
-        "range between the quartiles; TVM's default apart. A gain is of the template's default.",
+        "range between the quartiles; TVM's default apart. A gain is of the template's default, by M; "
+        "transfer weighs them together.",
         "",
         *table(rows, weigh),
         "",
