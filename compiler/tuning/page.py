@@ -80,8 +80,8 @@ def write(
         f"# Tuning: {title}",
         "",
         f"{time.strftime('%Y-%m-%d')}. Cold weights; medians of interleaved rounds ± half of the "
-        "range between the quartiles; TVM's default apart. A gain is of the template's default, by M; "
-        "transfer weighs them together.",
+        "range between the quartiles; TVM's default apart. A gain is of the template's default, "
+        "by M; transfer weighs them together.",
         "",
         *table(rows, weigh),
         "",
