@@ -1,6 +1,7 @@
 """SpecializeOneRow, FuseOneRow and LaunchEarly: a step of one row on Hopper; others stay."""
 
 import re
+from functools import cache
 
 import pytest
 import tvm
@@ -19,6 +20,7 @@ STEP = "decode_one_kv3_step"
 TURNING = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 
 
+@cache
 def lower(target: str, **changes) -> tvm.IRModule:
     model = TINY.replace(num_hidden_layers=1, **TURNING).replace(**changes)
     with using(TARGETS[target]), TARGETS[target].to_tvm():
