@@ -20,6 +20,7 @@ import tvm
 from tvm import relax
 
 from compiler.config import BuildError
+from compiler.replacing import taking_the_place_of
 from model.config import ModelConfig
 from schedules.layouts import LAYOUTS
 
@@ -51,21 +52,8 @@ def replacing(destination: Path) -> Iterator[Path]:
             "possible: a new path, an empty directory or an older artifact"
         )
     new = make_beside(destination)
-    old = new.with_suffix(".old")
-    try:
+    with taking_the_place_of(destination, new):
         yield new
-        new.chmod(0o755)  # mkdtemp's is private
-        try:
-            if destination.exists():
-                destination.rename(old)
-            new.rename(destination)
-        except BaseException:
-            if old.exists() and not destination.exists():
-                old.rename(destination)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def make_beside(destination: Path) -> Path:

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compiler.config import BuildError
+from compiler.replacing import OLD, taking_the_place_of
 
-NEW, OLD = ".new", ".old"  # what a directory is called while it is replaced
+NEW = ".new"  # the suffix of what is to take a directory's place
 
 
 class RecordError(BuildError):
@@ -142,18 +143,5 @@ def staged(path: Path) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=NEW, dir=path.parent))
     except OSError as error:
         raise RecordError(f"{path}: cannot write beside it ({error.strerror})") from error
-    old = stage.with_suffix(OLD)
-    try:
+    with taking_the_place_of(path, stage):
         yield stage
-        stage.chmod(0o755)  # mkdtemp's is private
-        try:
-            if path.exists():
-                path.rename(old)
-            stage.rename(path)
-        except BaseException:  # an interrupt, too
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
