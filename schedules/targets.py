@@ -199,11 +199,11 @@ TARGETS: dict[str, TargetSpec] = {
         # Levels and their flags: https://gitlab.com/x86-psABIs/x86-64-ABI (cpuinfo says abm
         # for lzcnt). Caches: the smallest of Haswell (32 KiB, 256 KiB) and Zen (32, 512).
         x86("x86-avx2", ("avx2",), X86_V3, {"mcpu": "x86-64-v3"}, 256, 32, 256),
-        # Alder Lake and later without AVX-512: AVX2's kernels, in which LLVM makes one `vpdpwssd`
-        # of a product and a sum. Caches: Gracemont (32, a quarter of 2048)
+        # Alder Lake and later without AVX-512. LLVM itself makes `vpdpwssd` of products and sums.
+        # Caches: Gracemont (32, a quarter of 2048)
         x86(
             "x86-avxvnni",
-            ("avx2",),
+            ("avxvnni", "avx2"),
             (*X86_V3, "avx_vnni"),
             {"mcpu": "x86-64-v3", "mattr": ["+avxvnni"]},
             256,

@@ -70,6 +70,13 @@ def multiply_add_words(a: Expr, b: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
 
 
+def dot_bytes(sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
+    """vpdpbusd (AVX-VNNI): int32 out[j] = sums[j] + sum of u[4j+i] * s[4j+i], i < 4, wrapping."""
+    return T.call_llvm_pure_intrin(
+        "int32x8", "llvm.x86.avx512.vpdpbusd.256", sums, unsigned, signed
+    )
+
+
 def add_neighbours(a: Expr, b: Expr) -> Expr:
     """vphaddd: sums of two neighbours, within each 128-bit lane two of a, then two of b."""
     return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.phadd.d", a, b)

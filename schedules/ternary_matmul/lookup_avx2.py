@@ -99,7 +99,7 @@ def widen(sum16, i, bytes_):
 
 def drain(sum32, sum16, count):
     """sum32[i, :] += the 32 sums of sum16[2i] and sum16[2i + 1], in the order of their bytes"""
-    with T.serial(count) as i:
+    for i in range(count):  # unrolled, so that sum16 can be registers
         both, odd = (avx2.load(sum16, 2 * i + j, 0, lanes=16) for j in (0, 1))
         even = both - T.shift_left(odd, T.broadcast(T.uint16(8), 16))
         low, high = avx2.interleave_low(even, odd, 16), avx2.interleave_high(even, odd, 16)
@@ -113,7 +113,7 @@ def accumulate(sum32, w, table, b, r, blocks, rows, prefetch):
     """sum32[2 * (block * rows + row) + half, 32] = sums over all of K, BIAS a pair too large"""
     groups = w.shape[1] // PAIR_GROUP
     count = 2 * blocks * rows
-    sum16 = T.alloc_buffer((2 * count, 16), "uint16", scope="local")
+    sum16 = T.alloc_buffer((2 * count, 16), "uint16")
     with T.serial(count * 4) as i:
         avx2.store(sum32, i // 4, i % 4 * 8, value=T.broadcast(T.int32(0), 8), lanes=8)
     with T.serial(T.ceildiv(groups, GROUPS_PER_DRAIN)) as d:

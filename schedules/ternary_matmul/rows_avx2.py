@@ -29,7 +29,7 @@ def ones(dtype: str) -> Expr:
 
 def sum_row(totals, to, qs, r):
     """totals[to] = sum of row r of qs"""
-    lanes = T.alloc_buffer((1, 8), "int32", scope="local")
+    lanes = T.alloc_buffer((1, 8), "int32")
     avx2.clear(lanes, 1, "int32", 8)
     with T.serial(int(qs.shape[1]) // HALF) as v:
         pairs = avx2.multiply_add_bytes(ones("uint8"), avx2.load(qs, r, HALF * v, lanes=HALF))
@@ -56,8 +56,8 @@ def add_line(words, w, qs, r, rows, later, c):
 
 def sums(w, qs, r, rows, later, *, act_bits: int) -> list[Expr]:
     count, lines, per_drain = len(rows), int(w.shape[1]), LINES_PER_DRAIN[act_bits]
-    lanes = T.alloc_buffer((count, 8), "int32", scope="local")  # registers
-    words = T.alloc_buffer((count, 16), "int16", scope="local")
+    lanes = T.alloc_buffer((count, 8), "int32")  # registers
+    words = T.alloc_buffer((count, 16), "int16")
     avx2.clear(lanes, count, "int32", 8)
     with T.serial(-(-lines // per_drain)) as d:
         avx2.clear(words, count, "int16", 16)
@@ -69,7 +69,7 @@ def sums(w, qs, r, rows, later, *, act_bits: int) -> list[Expr]:
     vectors = [T.Bind(avx2.load(lanes, s, 0, lanes=8)) for s in range(count)]
     if count != 4:
         return [avx2.sum_lanes(vector) for vector in vectors]
-    four = T.alloc_buffer((4,), "int32", scope="local")
+    four = T.alloc_buffer((4,), "int32")
     pairs = [avx2.add_neighbours(*vectors[s : s + 2]) for s in (0, 2)]
     both = T.Bind(avx2.add_neighbours(*pairs))
     avx2.store(four, 0, value=sum(avx2.halves(both, "int32x4")), lanes=4)

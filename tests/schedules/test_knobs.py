@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -57,13 +58,20 @@ def repeats_gated(case: Case, family: str) -> bool:
     return layout is not None and layout(4, "scale") == layout(4, "glu")
 
 
+def is_another_with_arguments(folder: str, family: str) -> bool:
+    """Whether a family is another's kernel with other instructions: the other's knobs are run."""
+    return isinstance(find_module(folder, family).kernel, partial)
+
+
 def families() -> list:
     """(case, target, family) of every family that has knobs, for the first target of it."""
     found = {}
     for case in CASES:
         for target in TARGETS.values():
             for family in families_of(case.folder, target.families):
-                if knobs_of(case.folder, family) and not repeats_gated(case, family):
+                if not knobs_of(case.folder, family) or repeats_gated(case, family):
+                    continue
+                if not is_another_with_arguments(case.folder, family):
                     found.setdefault((case, family), target)
     return [
         pytest.param(
