@@ -1,7 +1,7 @@
 """Our side of benchmarks/cpu.py: a compiled model through the runtime, single kernels through TVM.
 
-Speaks benchmarks/worker.py's protocol. Kernels are what `compiler.build` would choose for this
-host, linked as a library is.
+Speaks benchmarks/worker.py's protocol. Kernels are what `compiler.build` chooses for a target
+without records, linked as a library is.
 """
 
 import os
@@ -51,14 +51,14 @@ class Model:
 
 
 class Kernels:
-    """Builds kernels of the native target; TVM's compiler is loaded only for these."""
+    """Builds kernels of a target; TVM's compiler is loaded only for these."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str) -> None:
         import tvm
 
         from schedules import targets
 
-        self.tvm, self.target = tvm, targets.find("native")
+        self.tvm, self.target = tvm, targets.find(target)
         self.folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
         self.nbytes = 0  # of the memory that a call of the prepared kernel reads once
 
@@ -168,7 +168,13 @@ class Ours:
     def __init__(self) -> None:
         self.model: Model | None = None
         self.kernels: Kernels | None = None
+        self.target = "native"
         self.calls: list = []
+
+    def use_target(self, name: str) -> dict:
+        """Whose kernels `prepare` builds from now on."""
+        self.target, self.kernels = name, None
+        return {}
 
     def load(self, path: str, context: int, threads: int) -> dict:
         self.model = Model(path, context, threads)
@@ -202,7 +208,7 @@ class Ours:
 
     def prepare(self, kind: str, **arguments) -> dict:
         """Build a kernel and its operands: the name of a method of `Kernels`."""
-        self.kernels = self.kernels or Kernels()
+        self.kernels = self.kernels or Kernels(self.target)
         self.calls = []
         self.calls = getattr(self.kernels, kind)(**arguments)
         return {"bytes": self.kernels.nbytes}

@@ -286,6 +286,11 @@ def detect_native(machine: str, cpu_flags: Collection[str]) -> CpuTarget:
     return max(possible, key=lambda row: (row.vector_bits, len(row.cpu_flags)))
 
 
+def cpus_here() -> list[CpuTarget]:
+    """The rows of CPUs that this host runs."""
+    return [row for row in TARGETS.values() if isinstance(row, CpuTarget) and row.runs_here()]
+
+
 def host_flags() -> frozenset[str]:
     """Flags of /proc/cpuinfo; empty where there is none, which leaves the generic target."""
     try:

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import cpu, cpu_page
+from benchmarks import cpu, cpu_bench, cpu_page, cpu_worker
 from benchmarks.worker import Worker, WorkerError
+from schedules import targets
+from schedules.targets import TARGETS
 
 ECHO = """
 import sys
@@ -30,6 +32,15 @@ def echo(tmp_path):
     worker = Worker("echo", sys.executable, script)
     yield worker
     worker.close()
+
+
+@pytest.fixture
+def generic_artifact(tmp_path, monkeypatch):
+    """A directory that opens as an artifact."""
+    (tmp_path / "artifact.json").touch()
+    artifact = SimpleNamespace(context_length=4096, target="generic")
+    monkeypatch.setattr(cpu.Artifact, "open", lambda *_, **__: artifact)
+    return tmp_path
 
 
 def test_worker_answers_in_order(echo):
@@ -95,14 +106,14 @@ def test_positions_are_checked_before_anything_is_measured(tmp_path, options, re
 
 
 @pytest.mark.parametrize("ending", [WorkerError("ours: ended"), KeyboardInterrupt()])
-def test_what_is_measured_is_kept(tmp_path, monkeypatch, ending):
+def test_what_is_measured_is_kept(tmp_path, generic_artifact, monkeypatch, ending):
     """A group that fails, or Ctrl-C, after the first row."""
 
     class Bench:
-        def __init__(self, options):
-            self.options, self.rows, self.versions = options, [], {}
-            self.workers, self.engines = {"ours": None}, ["ours", cpu.DENSE]
-            self.manifest = {"model": "tiny", "target": "generic"}
+        def __init__(self, options, target):
+            self.options, self.target, self.rows, self.versions = options, target, [], {}
+            self.workers, self.engines = {"ours": None}, ["ours", cpu_bench.DENSE]
+            self.manifest = {"model": "tiny"}
 
         def close(self):
             pass
@@ -111,10 +122,55 @@ def test_what_is_measured_is_kept(tmp_path, monkeypatch, ending):
         bench.rows.append(cpu_page.Row("model", "pp8", 1, 8, "token", {"ours": [1.0]}))
         raise ending
 
-    (tmp_path / "artifact.json").touch()
     monkeypatch.setattr(cpu, "Bench", Bench)
     monkeypatch.setattr(cpu, "measure_all", measure)
-    monkeypatch.setattr(cpu.Artifact, "open", lambda *_, **__: SimpleNamespace(context_length=4096))
-    code = cpu.main([str(tmp_path), "-o", str(tmp_path / "out"), "-t", "1"])
+    code = cpu.main([str(generic_artifact), "-o", str(tmp_path / "out"), "-t", "1"])
     assert code == (130 if isinstance(ending, KeyboardInterrupt) else 2)
     assert "| model | pp8 | 1 | 8 (8-8) token/s |" in (tmp_path / "out" / "cpu.md").read_text()
+    assert "ours: tiny for generic" in (tmp_path / "out" / "cpu.md").read_text()
+
+
+HERE = [TARGETS["generic"], TARGETS["x86-avx2"], TARGETS["x86-avxvnni"]]
+
+
+@pytest.mark.parametrize(
+    "asked, artifact, group, found",
+    [
+        (None, "x86-avx2", "model", "x86-avx2"),
+        ("x86-avx2", "x86-avx2", "context", "x86-avx2"),
+        ("x86-avx2", "x86-avxvnni", "kernels", "x86-avx2"),
+    ],
+)
+def test_target(monkeypatch, asked, artifact, group, found):
+    monkeypatch.setattr(targets, "cpus_here", lambda: HERE)
+    assert cpu.choose_target(asked, artifact, [group]) == found
+
+
+@pytest.mark.parametrize(
+    "asked, artifact, group, refusal",
+    [
+        ("vax", "x86-avx2", "kernels", "asked for vax, there is no such target; possible: native,"),
+        ("x86-amx", "x86-avx2", "kernels", "asked for x86-amx, this CPU does not run it; possible"),
+        (None, "cuda-fat", "model", "asked for cuda-fat, this CPU does not run it; possible"),
+        ("x86-avx2", "x86-avxvnni", "model", "x86-avx2, the artifact is for x86-avxvnni; possible"),
+    ],
+)
+def test_target_that_cannot_be_measured(monkeypatch, asked, artifact, group, refusal):
+    monkeypatch.setattr(targets, "cpus_here", lambda: HERE)
+    with pytest.raises(WorkerError, match=refusal):
+        cpu.choose_target(asked, artifact, [group])
+
+
+def test_wrong_target_is_one_line(generic_artifact, capsys):
+    assert cpu.main([str(generic_artifact), "--target", "vax"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("benchmarks.cpu: target: asked for vax") and told.count("\n") == 1
+
+
+def test_kernels_are_of_the_target_that_is_used():
+    worker = cpu_worker.Ours()
+    for name in ("generic", "native"):
+        worker.use_target(name)
+        worker.prepare("launch", is_launched_by_us=False, copies=2)
+        assert worker.kernels.target == targets.find(name)
+        assert worker.kernel(threads=1)["seconds"] > 0

@@ -1,0 +1,104 @@
+"""The engines that benchmarks/cpu.py compares, and what has been measured of them.
+
+Each engine is a process of its own; each repetition asks every engine once, in turn, so that a
+noisy spell meets all of them; so does a streaming read of memory, which shares refer to.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.cpu_page import OURS, Row, show_row
+from benchmarks.worker import Worker, WorkerError
+
+HERE = Path(__file__).resolve().parent
+READ, DENSE = "read", "our dense"  # processes of their own: a streaming read, a dense kernel
+STREAM_BYTES = 1 << 29
+
+
+class Bench:
+    """The workers and what has been measured."""
+
+    def __init__(self, options: argparse.Namespace, target: str) -> None:
+        self.options, self.target = options, target
+        self.rows: list[Row] = []
+        self.reader, self.dense, ours = (self.start(name) for name in (READ, DENSE, OURS))
+        self.reader.ask("prepare", kind="stream", nbytes=STREAM_BYTES)
+        self.workers = {OURS: ours}
+        if options.peer_python:
+            for kind in options.peers:
+                script = HERE / "llama_cpp_peer.py"
+                self.workers[kind] = Worker(kind, options.peer_python, script)
+        self.shape = json.loads((options.artifact / "config.json").read_text(encoding="utf-8"))
+        self.manifest = json.loads((options.artifact / "artifact.json").read_text(encoding="utf-8"))
+        self.versions = {name: self.version(name) for name in self.workers if name != OURS}
+
+    def start(self, name: str) -> Worker:
+        """A process of ours, whose kernels are the target's."""
+        worker = Worker(name, sys.executable, HERE / "cpu_worker.py")
+        worker.ask("use_target", name=self.target)
+        return worker
+
+    def close(self) -> None:
+        for worker in (self.reader, self.dense, *self.workers.values()):
+            worker.close()
+
+    def version(self, peer: str) -> str:
+        try:
+            return self.workers[peer].ask("hello")["version"]
+        except WorkerError as error:
+            raise WorkerError(
+                f"{error}: {self.options.peer_python} said why above; possible: --peer-python "
+                "with a Python that has llama-cpp-python, gguf and numpy"
+            ) from error
+
+    def worker(self, name: str) -> Worker:
+        return self.dense if name == DENSE else self.workers[name]
+
+    @property
+    def engines(self) -> list[str]:
+        return [*self.workers, DENSE]
+
+    def measure(
+        self,
+        group: str,
+        test: str,
+        threads: int,
+        amount: float,
+        unit: str,
+        ask: dict[str, Callable[[Worker], float]],
+        floor: dict[str, float],
+    ) -> None:
+        """A row: each engine of `ask`, one repetition of all after another, the first thrown
+        away. Where bytes bound it, every repetition begins with a streaming read."""
+        samples: dict[str, list[float]] = {name: [] for name in ask}
+        reads = []
+        for repetition in range(self.options.repetitions + 1):
+            if floor:
+                reads.append(self.reader.ask("kernel", threads=threads)["seconds"])
+            for name, seconds in ask.items():
+                found = seconds(self.worker(name))
+                if repetition:
+                    samples[name].append(found)
+        bandwidth = STREAM_BYTES / statistics.median(reads[1:]) if reads else 0
+        row = Row(group, test, threads, amount, unit, samples, floor, bandwidth)
+        self.rows.append(row)
+        print(show_row(self.engines, row), file=sys.stderr)
+
+    def kernel(
+        self, test: str, amount: float, unit: str, ask: dict[str, dict], share: float = 0
+    ) -> None:
+        """Prepared kernels of the engines in `ask`, at every number of threads; of its weights
+        ours needs `share`, 0 where something else bounds it."""
+        nbytes = {
+            name: self.worker(name).ask("prepare", **r).get("bytes") for name, r in ask.items()
+        }
+        floor = {OURS: nbytes[OURS] * share} if share else {}
+        for threads in self.options.threads:
+            calls = dict.fromkeys(
+                ask, lambda worker, t=threads: worker.ask("kernel", threads=t)["seconds"]
+            )
+            self.measure("kernels", test, threads, amount, unit, calls, floor)
