@@ -50,7 +50,7 @@ def widen_rows(q16, q, m, rows, height, k):
 
 def lane_sums(lanes, w, q16, n, step, r, k, streams, rows, prefetch):
     """lanes[stream * rows + row, 8] = sums over the whole vectors of K"""
-    avx2.clear(lanes, streams * rows, "int32", 8)
+    sums = avx2.registers(streams * rows, "int32", 8)
     with T.serial(k // LANES) as v:
         for s in range(streams):
             weights = avx2.load(w, n + step * s, LANES * v, lanes=LANES)
@@ -60,7 +60,9 @@ def lane_sums(lanes, w, q16, n, step, r, k, streams, rows, prefetch):
             for t in range(rows):
                 activations = avx2.load(q16, r + t, LANES * v, lanes=LANES)
                 product = avx2.multiply_add_words(weights, activations)
-                avx2.add(lanes, s * rows + t, 0, value=product, lanes=8)
+                avx2.add(sums[s * rows + t], 0, value=product, lanes=8)
+    for at, total in enumerate(sums):
+        avx2.store(lanes, at, 0, value=avx2.load(total, 0, lanes=8), lanes=8)
 
 
 def tile(output, w, q16, n, step, m0, r, height, k, streams, rows, prefetch=0):

@@ -37,8 +37,7 @@ KNOBS = {"streams": (8, 4, 2, 16), "prefetch": (2048, 0, 4096)}
 
 
 def lane_sums(lanes, w, q, table_rows, activation_rows, k: int, prefetch: int):
-    """lanes[i * len(activation_rows) + j] = sums over the whole registers of K"""
-    avx2.clear(lanes, len(table_rows) * len(activation_rows), "int32", 16)
+    """lanes[i * len(activation_rows) + j] += sums over the whole registers of K"""
     with T.serial(k // LANES) as v:
         column = LANES * v
         activations = [
@@ -50,41 +49,39 @@ def lane_sums(lanes, w, q, table_rows, activation_rows, k: int, prefetch: int):
             if prefetch:
                 avx2.prefetch(w, n, column + prefetch)
             for j, m in enumerate(activation_rows):
-                at = i * len(activation_rows) + j
+                so_far = lanes[i * len(activation_rows) + j]
                 signed = activations[j]
                 if signed is None:
                     signed = avx2.load(q, m, column, lanes=LANES)
-                so_far = avx2.load(lanes, at, 0, lanes=16)
-                total = avx512.dot_bytes(so_far, weights, signed)
-                avx2.store(lanes, at, 0, value=total, lanes=16)
+                total = avx512.dot_bytes(avx2.load(so_far, 0, lanes=16), weights, signed)
+                avx2.store(so_far, 0, value=total, lanes=16)
 
 
 def tile(output, w, q, bias, table_rows, activation_rows, k: int, prefetch: int):
     """out of these rows of the table and of q"""
     pairs = [(n, m) for n in table_rows for m in activation_rows]
-    lanes = T.alloc_buffer((len(pairs), 16), "int32", scope="local")
-    rest = T.alloc_buffer((1,), "int32", scope="local")
+    lanes = avx2.registers(len(pairs), "int32", 16)
+    rest = T.alloc_buffer((1,), "int32")
     lane_sums(lanes, w, q, table_rows, activation_rows, k, prefetch)
-    for i, (n, m) in enumerate(pairs):
+    for total, (n, m) in zip(lanes, pairs, strict=True):
         T.buffer_store(rest, T.int32(0), [0])
         with T.serial(k % LANES) as j:
             at = k // LANES * LANES + j
             product = T.cast(w[n, at], "int32") * T.cast(q[m, at], "int32")
             T.buffer_store(rest, rest[0] + product, [0])
-        total = avx2.sum_lanes(avx2.load(lanes, i, 0, lanes=16)) - bias[m] + rest[0]
-        output.store_one(m, n, total)
+        acc = avx2.sum_lanes(avx2.load(total, 0, lanes=16)) - bias[m] + rest[0]
+        output.store_one(m, n, acc)
 
 
 def write_bias(bias, q, m, k: int):
     """bias[m] = 128 * sum of q[m] over the whole registers of K"""
-    lanes = T.alloc_buffer((1, 16), "int32", scope="local")
-    avx2.clear(lanes, 1, "int32", 16)
+    (lanes,) = avx2.registers(1, "int32", 16)
     with T.serial(k // LANES) as v:
         codes = avx2.load(q, m, LANES * v, lanes=LANES)
         offset = T.broadcast(T.uint8(128), LANES)
-        total = avx512.dot_bytes(avx2.load(lanes, 0, 0, lanes=16), offset, codes)
-        avx2.store(lanes, 0, 0, value=total, lanes=16)
-    T.buffer_store(bias, avx2.sum_lanes(avx2.load(lanes, 0, 0, lanes=16)), [m])
+        total = avx512.dot_bytes(avx2.load(lanes, 0, lanes=16), offset, codes)
+        avx2.store(lanes, 0, value=total, lanes=16)
+    T.buffer_store(bias, avx2.sum_lanes(avx2.load(lanes, 0, lanes=16)), [m])
 
 
 def kernel(

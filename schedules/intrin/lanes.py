@@ -36,6 +36,18 @@ def clear(buffer, count: int, dtype: str, lanes: int) -> None:
         store(buffer, i, 0, value=splat(dtype, 0, lanes), lanes=lanes)
 
 
+def registers(count: int, dtype: str, lanes: int) -> list:
+    """`count` vectors of zeros that a loop adds to.
+
+    A buffer each, and not of scope "local": TVM takes that from the heap on a CPU, and so it does
+    what is above 1 KB or shares memory with such. A prefetch in the loop may read the heap for all
+    that LLVM knows, which then stores every sum after every addition."""
+    found = [T.alloc_buffer((lanes,), dtype) for _ in range(count)]
+    for register in found:
+        store(register, 0, value=splat(dtype, 0, lanes), lanes=lanes)
+    return found
+
+
 def constant(dtype: str, values: list[int]) -> Expr:
     """A vector of constants."""
     return T.Shuffle([T.cast(T.int32(v), dtype) for v in values], list(range(len(values))))

@@ -127,17 +127,17 @@ def accumulate(sum16, w, table, blocks, rows, g, prefetch: int):
     for half in (0, 1):
         for i, sums in sum_half(w, table, blocks, rows, g, half, prefetch):
             both = T.Bind(T.reinterpret("uint16x32", sums))
-            avx2.add(sum16, 2 * i, 0, value=both, lanes=32)
+            avx2.add(sum16[2 * i], 0, value=both, lanes=32)
             odd = T.shift_right(both, T.broadcast(T.uint16(8), 32))
-            avx2.add(sum16, 2 * i + 1, 0, value=odd, lanes=32)
+            avx2.add(sum16[2 * i + 1], 0, value=odd, lanes=32)
 
 
 def drain(sum32, sum16, count: int, digits: int):
     """sum32[i // digits, 64] += the sums of sum16[2i] and sum16[2i + 1], times 16**(i % digits), in
     the order of the rows"""
-    found = T.alloc_buffer((2 * count, 32), "uint16", scope="local")  # for the loop
-    for i in range(2 * count):
-        avx2.store(found, i, 0, value=avx2.load(sum16, i, 0, lanes=32), lanes=32)
+    found = T.alloc_buffer((2 * count, 32), "uint16")  # for the loop
+    for i, sums in enumerate(sum16):
+        avx2.store(found, i, 0, value=avx2.load(sums, 0, lanes=32), lanes=32)
     slot_of = {row: slot for slot, row in enumerate(TRIPLE_ROWS)}
     with T.serial(count) as i:
         both, odd = (T.Bind(avx2.load(found, 2 * i + j, 0, lanes=32)) for j in (0, 1))
@@ -154,13 +154,12 @@ def tile(output, w, table, m, blocks, r, tokens: int, digits: int, prefetch: int
     """out[m + r : m + r + tokens] of these blocks; token t has tables digits * t on"""
     rows, count = [digits * r + i for i in range(digits * tokens)], len(blocks) * tokens
     groups = int(w.shape[1])
-    sum32 = T.alloc_buffer((count, BLOCK), "int32", scope="local")
-    sum16 = T.alloc_buffer((2 * digits * count, 32), "uint16", scope="local")  # registers
+    sum32 = T.alloc_buffer((count, BLOCK), "int32")
     with T.serial(4 * count) as i:
         avx2.store(sum32, i // 4, i % 4 * 16, value=T.broadcast(T.int32(0), 16), lanes=16)
     with T.serial(-(-groups // GROUPS_PER_DRAIN)) as d:
         first = d * GROUPS_PER_DRAIN
-        avx2.clear(sum16, 2 * digits * count, "uint16", 32)
+        sum16 = avx2.registers(2 * digits * count, "uint16", 32)
         with T.serial(T.min(GROUPS_PER_DRAIN, groups - first)) as g:
             accumulate(sum16, w, table, blocks, rows, first + g, prefetch)
         drain(sum32, sum16, digits * count, digits)

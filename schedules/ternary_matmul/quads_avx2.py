@@ -29,8 +29,6 @@ codes of 8 outputs, of which `vpmaddubsw` makes int16 sums of two products that 
     TILE_M   | 64          | unpacking costs what a row costs; sums32 is 16 KB, L1
 
 |sum| <= 64 * 2 * 128 K: 32 bits hold it for K < 2**17.
-A register of sums must not be of scope `local`: TVM takes that from the heap, and as a prefetch may
-read it for all that LLVM knows, every addition would be stored.
 
 Measured: Sapphire Rapids class Xeon, 2 busy cores, one thread, 2026-11-22, 2560 x 6912, CPU time,
 medians of interleaved calls, as a share of the time of the walk over columns that this replaces.

@@ -50,14 +50,13 @@ def masks() -> list[Expr]:
 
 def sum_row(totals, to, qs, r):
     """totals[to] = sum of row r of qs"""
-    lanes = T.alloc_buffer((1, 16), "int32", scope="local")
-    avx2.clear(lanes, 1, "int32", 16)
+    (lanes,) = avx2.registers(1, "int32", 16)
     with T.serial(int(qs.shape[1]) // avx512.LINE) as v:
         ones = T.broadcast(T.uint8(1), avx512.LINE)
         codes = avx2.load(qs, r, avx512.LINE * v, lanes=64)
-        total = avx512.dot_bytes(avx2.load(lanes, 0, 0, lanes=16), ones, codes)
-        avx2.store(lanes, 0, 0, value=total, lanes=16)
-    T.buffer_store(totals, avx2.sum_lanes(avx2.load(lanes, 0, 0, lanes=16)), [to])
+        total = avx512.dot_bytes(avx2.load(lanes, 0, lanes=16), ones, codes)
+        avx2.store(lanes, 0, value=total, lanes=16)
+    T.buffer_store(totals, avx2.sum_lanes(avx2.load(lanes, 0, lanes=16)), [to])
 
 
 def quad_of(qs, *index) -> Expr:
@@ -69,8 +68,7 @@ def quad_of(qs, *index) -> Expr:
 def accumulate(sums32, w, qs, blocks, rows, prefetch: int):
     """sums32[(i * len(rows) + j) * FIELDS + f, 16] = sums of field f over all of K"""
     count = len(blocks) * len(rows) * FIELDS
-    sums = T.alloc_buffer((count, GROUP), "int32", scope="local")  # registers
-    avx2.clear(sums, count, "int32", GROUP)
+    sums = avx2.registers(count, "int32", GROUP)
     field_masks = masks()
     with T.serial(w.shape[1]) as quad:
         activations = [T.Bind(quad_of(qs, r, 4 * quad)) for r in rows]
@@ -81,12 +79,11 @@ def accumulate(sums32, w, qs, blocks, rows, prefetch: int):
             for f, mask in enumerate(field_masks):
                 codes = T.Bind(bytes_ & mask)
                 for j, activation in enumerate(activations):
-                    at = (i * len(rows) + j) * FIELDS + f
-                    so_far = avx2.load(sums, at, 0, lanes=GROUP)
-                    total = avx512.dot_bytes(so_far, codes, activation)
-                    avx2.store(sums, at, 0, value=total, lanes=GROUP)
-    for at in range(count):
-        avx2.store(sums32, at, 0, value=avx2.load(sums, at, 0, lanes=GROUP), lanes=GROUP)
+                    so_far = sums[(i * len(rows) + j) * FIELDS + f]
+                    total = avx512.dot_bytes(avx2.load(so_far, 0, lanes=GROUP), codes, activation)
+                    avx2.store(so_far, 0, value=total, lanes=GROUP)
+    for at, total in enumerate(sums):
+        avx2.store(sums32, at, 0, value=avx2.load(total, 0, lanes=GROUP), lanes=GROUP)
 
 
 def unscaled(sums32, at, j, lanes: int, total) -> Expr:
@@ -98,7 +95,7 @@ def unscaled(sums32, at, j, lanes: int, total) -> Expr:
 
 def tile(output, w, qs, totals, m, b, step, blocks: int, r, rows: int, prefetch: int):
     """out of blocks b, b + step, ... and of rows m + r, m + r + 1, ..."""
-    sums32 = T.alloc_buffer((blocks * rows * FIELDS, GROUP), "int32", scope="local")
+    sums32 = T.alloc_buffer((blocks * rows * FIELDS, GROUP), "int32")
     every_b, every_r = [b + step * i for i in range(blocks)], [r + i for i in range(rows)]
     accumulate(sums32, w, qs, every_b, every_r, prefetch)
     with T.serial(blocks) as i, T.serial(rows) as j:

@@ -18,16 +18,15 @@ from schedules.ternary_matmul.rows_x86 import CHUNK, FIELDS, LINE
 
 def join_fields(lanes, first: int) -> Expr:
     """The sum of lanes[first + f] / 4**f, of which each is a multiple"""
-    total = avx2.load(lanes, first + FIELDS - 1, 0, lanes=16)
+    total = avx2.load(lanes[first + FIELDS - 1], 0, lanes=16)
     for f in reversed(range(FIELDS - 1)):
         quarter = T.shift_right(total, T.broadcast(2, 16))
-        total = avx2.load(lanes, first + f, 0, lanes=16) + quarter
+        total = avx2.load(lanes[first + f], 0, lanes=16) + quarter
     return T.Bind(total)
 
 
 def sums(w, qs, r, rows, later) -> list[Expr]:
-    lanes = T.alloc_buffer((FIELDS * len(rows), 16), "int32", scope="local")  # registers
-    avx2.clear(lanes, FIELDS * len(rows), "int32", 16)
+    lanes = avx2.registers(FIELDS * len(rows), "int32", 16)
     field_masks = masks()
     with T.serial(w.shape[1]) as c:
         columns = [CHUNK * c + LINE * f for f in range(FIELDS)]
@@ -37,14 +36,13 @@ def sums(w, qs, r, rows, later) -> list[Expr]:
             if later:
                 avx2.prefetch(w, later[s], c, 0)
             for f, mask in enumerate(field_masks):
-                at = FIELDS * s + f
-                so_far = avx2.load(lanes, at, 0, lanes=16)
+                so_far = avx2.load(lanes[FIELDS * s + f], 0, lanes=16)
                 total = avx512.dot_bytes(so_far, bytes_ & mask, activations[f])
-                avx2.store(lanes, at, 0, value=total, lanes=16)
+                avx2.store(lanes[FIELDS * s + f], 0, value=total, lanes=16)
     joined = [join_fields(lanes, FIELDS * s) for s in range(len(rows))]
     if len(rows) != 4:
         return [avx2.sum_lanes(vector) for vector in joined]
-    four = T.alloc_buffer((4,), "int32", scope="local")
+    four = T.alloc_buffer((4,), "int32")
     avx2.store(four, 0, value=avx512.sum_four(joined), lanes=4)
     return [four[s] for s in range(4)]
 
