@@ -179,6 +179,8 @@ def tune(config: TuneConfig) -> Path:
             config.minutes,
         )
         session = Session(tasks, site.workers, writer, settings)
+        if config.resume and not session.takes_up:
+            print(f"resume: no records in {writer.path}; begins anew", file=sys.stderr)
         session.say = stack.enter_context(showing(session))
         session.run()
         return writer.path

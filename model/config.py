@@ -207,7 +207,10 @@ class ModelConfig:
             ) from error
         if not isinstance(values, dict):
             raise ConfigError(f"config: {path} must hold a JSON object")
-        return cls.from_dict(values, default_name=path.resolve().parent.name)
+        try:
+            return cls.from_dict(values, default_name=path.resolve().parent.name)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in {path})") from error
 
     @classmethod
     def from_dict(cls, values: dict, default_name: str = "model") -> "ModelConfig":

@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from compiler.tuning.session import Progress, Session
+from compiler.tuning.session import Session
+from compiler.tuning.under_way import Progress
 
 
 def row(progress: Progress) -> list[str]:
@@ -18,8 +19,8 @@ def row(progress: Progress) -> list[str]:
     return [
         progress.task.op.name,
         progress.task.shape,
-        f"{100 * progress.share:.0f} %",
-        f"{progress.trials}/{progress.allotted}",
+        f"{100 * progress.share:.0f} %" if progress.share else "",
+        "" if progress.allotted is None else f"{progress.trials}/{progress.allotted}",
         best(progress),
         gain(progress),
         progress.state + (f", {progress.failed} failed" if progress.failed else ""),

@@ -191,7 +191,8 @@ def choice_of(facts: dict[str, Any]) -> Choice:
 def summary(directory: Directory) -> str:
     """Its problems in one line."""
     more = len(directory.problems) - 1
-    lines = directory.problems[0] + (f", and {more} more such lines" if more else "")
+    others = f", and {more} more such line{'s' if more > 1 else ''}" if more else ""
+    lines = directory.problems[0] + others
     mend = f"python -m compiler.records prune {directory.path}"
     return f"{lines}: not used, the others are; possible: {mend}, which sets such lines aside"
 
