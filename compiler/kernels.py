@@ -97,12 +97,13 @@ class KernelTable:
         default."""
         key = key_of(op, sizes)
         if key not in self._chosen:
-            default = Schedule(folder, default_choice(folder, self.target.families))
+            families = self.target.families
+            default = Schedule(folder, default_choice(folder, families))
             self._chosen[key] = default, "default"
             recorded = list(self.lookup(op, sizes))
             for found in recorded:
                 schedule = Schedule(folder, found.choice)
-                if found.version == version_of(default, schedule, make):
+                if found.version == version_of(default, schedule, make, families):
                     self._chosen[key] = schedule, found.origin
                     break
             else:
@@ -207,10 +208,12 @@ def is_possible(choice: Choice, folder: str, families: tuple[str, ...]) -> bool:
     return names == list(knobs) and all(value in knobs[name] for name, value in choice.knobs)
 
 
-def version_of(default: Schedule, chosen: Schedule, make: Make) -> str | None:
+def version_of(
+    default: Schedule, chosen: Schedule, make: Make, families: tuple[str, ...]
+) -> str | None:
     """What was compared: hashes of the default kernel and of the chosen one as they are built now.
-    None where the choice is none any more."""
-    if not is_possible(chosen.choice, chosen.folder, (chosen.choice.family,)):
+    None where the choice is none of the target's families, or none any more."""
+    if not is_possible(chosen.choice, chosen.folder, families):
         return None
     try:
         return version(make(default), make(chosen))

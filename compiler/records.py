@@ -14,6 +14,7 @@ writes to is refused). Exit code 2: refused, in one line.
 """
 
 import argparse
+import errno
 import sys
 import tarfile
 import tempfile
@@ -200,13 +201,12 @@ def export(arguments: argparse.Namespace) -> None:
         raise BuildError(f"{arguments.file}: is no file; possible: a file's name")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            whole = Path(scratch) / "archive"
+            whole, written = Path(scratch) / "archive", Path(scratch) / "records"
             with tarfile.open(whole, "w:gz") as archive:
-                for directory in found:
-                    inside = Path(directory.target) / directory.path.name
-                    for part in (store.MACHINE, store.WORKLOADS, store.RECORDS):
-                        if (file := directory.path / part).exists():
-                            archive.add(file, str(inside / part))
+                for directory in found:  # as it was read: without lines that import would refuse
+                    inside = place(directory, Path())
+                    store.write(directory, written / inside)
+                    archive.add(written / inside, str(inside))
             whole.replace(target)
     except OSError as error:
         raise BuildError(
@@ -227,6 +227,11 @@ def import_(arguments: argparse.Namespace) -> None:
         except (tarfile.TarError, EOFError) as error:
             raise BuildError(f"{arguments.file}: not an exported file; {EXPORTED}") from error
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise BuildError(
+                    f"{scratch}: cannot unpack there ({error.strerror}); possible: TMPDIR on a "
+                    "disk with room"
+                ) from error
             raise BuildError(
                 f"{arguments.file}: cannot be read ({error.strerror}); {EXPORTED}"
             ) from error

@@ -183,6 +183,8 @@ def tune(config: TuneConfig) -> Path:
             print(f"resume: no records in {writer.path}; begins anew", file=sys.stderr)
         session.say = stack.enter_context(showing(session))
         session.run()
+        for line in session.lost:
+            print(f"rpc: {line}", file=sys.stderr)
         return writer.path
 
 
@@ -244,10 +246,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"records  {tune(config)}")
     except BaseException as error:
         if interrupted:  # whatever TVM made of the KeyboardInterrupt
-            print(
-                "compiler.tune: interrupted; what is measured is kept, --resume goes on",
-                file=sys.stderr,
-            )
+            kept = "what is measured is kept, --resume goes on"
+            if config.report:
+                kept = "no report is written, the records are as they were"
+            print(f"compiler.tune: interrupted; {kept}", file=sys.stderr)
             return 130
         if isinstance(error, OSError):
             return refuse(f"{error.filename or 'tune'}: {error.strerror or error}")

@@ -31,7 +31,7 @@ class Builder:
     """Builds a task's candidates into a directory; refuses what is none."""
 
     def __init__(self, task: Task, directory: Path, linker: str) -> None:
-        self._task, self._directory, self._linker = task, directory, linker
+        self._task, self.directory, self._linker = task, directory, linker
         self._module = space.workload(task.op.name, task.sizes, task.target)
         self._default = task.make(task.schedule(task.default))
         self._count = 0
@@ -65,7 +65,7 @@ class Builder:
             return None
         self._versions[chosen] = name
         self._count += 1
-        path = self._directory / f"candidate{self._count}.so"
+        path = self.directory / f"candidate{self._count}.so"
         self._compile(kernel, path)
         return Candidate(chosen, name, path, layout)
 

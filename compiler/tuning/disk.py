@@ -17,6 +17,7 @@ from pathlib import Path
 from compiler.config import BuildError
 from compiler.replacing import OLD, taking_the_place_of
 
+ELSEWHERE = "possible: a place with room that may be written to"
 NEW = ".new"  # the suffix of what is to take a directory's place
 
 
@@ -88,7 +89,7 @@ def recover(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """None where the file is missing. What is not UTF-8 is escaped, by which JSON it is none."""
+    """Empty where the file is missing. What is not UTF-8 is escaped, by which JSON it is none."""
     try:
         text = path.read_bytes().decode("utf-8", "backslashreplace")
     except FileNotFoundError:
@@ -122,7 +123,7 @@ def write_whole(path: Path, text: str) -> None:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise RecordError(f"{path}: cannot write ({error.strerror})") from error
+        raise RecordError(f"{path}: cannot write ({error.strerror}); {ELSEWHERE}") from error
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -132,7 +133,9 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(name, path)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
-        raise RecordError(f"{path}: cannot write ({error.strerror}); it is as it was") from error
+        raise RecordError(
+            f"{path}: cannot write ({error.strerror}); it is as it was; {ELSEWHERE}"
+        ) from error
 
 
 @contextmanager
@@ -142,6 +145,11 @@ def staged(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=NEW, dir=path.parent))
     except OSError as error:
-        raise RecordError(f"{path}: cannot write beside it ({error.strerror})") from error
+        raise RecordError(
+            f"{path}: cannot write beside it ({error.strerror}); {ELSEWHERE}"
+        ) from error
     with taking_the_place_of(path, stage):
-        yield stage
+        try:
+            yield stage
+        except RecordError as error:  # in the words of who asked
+            raise RecordError(str(error).replace(str(stage), str(path))) from error

@@ -64,7 +64,7 @@ def showing(session: Session) -> Iterator[Callable[[], None]]:
 
         def tell() -> None:
             for i, progress in enumerate(session.progress):
-                if progress.state == "done" and i not in told:
+                if progress.is_over and i not in told:
                     told.add(i)
                     console.print("  ".join(row(progress)), highlight=False, soft_wrap=True)
 

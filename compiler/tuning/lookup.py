@@ -1,8 +1,8 @@
 """Lookup: what the records say of a kernel, for the machine that a build is for.
 
-Roots are searched in order: --records, this user's, those that ship. Within them first this very
-machine, then others of the same target row, the most alike first. What is passed over, and why, is
-one line a directory in `notes`.
+First this very machine's, by the order of the roots: --records, this user's, those that ship; then
+those of other machines of the same target row, the most alike first. What is passed over, and why,
+is one line a directory in `notes`.
 """
 
 import os
@@ -68,6 +68,9 @@ class Lookup:
                 directory = store.read(path)
             except RecordError as error:
                 self.notes.append(str(error))
+                continue
+            if directory.target != row:
+                self.notes.append(f"{path}: records of {directory.target}, not of {row}: not used")
                 continue
             if directory.machine.tvm != self._machine.tvm:
                 self.notes.append(

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from command_line import Parser
@@ -58,6 +59,23 @@ def parse(argv: list[str] | None, description: str) -> TuneConfig:
         help="after which no new candidates are tried (default: %(default)s)",
     )
     add("--ops", nargs="+", default=(), metavar="OP", help="only these ops (default: all)")
+    add_what_counts(parser)
+    add_where(parser)
+    add("--resume", action="store_true", help="take up the records that are there")
+    add("--report", action="store_true", help="measure what tuning gained; table and plot")
+    add(
+        "--output",
+        type=Path,
+        default=Path("tune-report"),
+        metavar="DIR",
+        help="of --report (default: %(default)s)",
+    )
+    values = vars(parser.parse_args(argv))
+    return TuneConfig(**values | {"ops": tuple(values["ops"])})
+
+
+def add_what_counts(parser: Parser) -> None:
+    add = parser.add_argument
     add(
         "--weigh",
         default="both",
@@ -71,6 +89,10 @@ def parse(argv: list[str] | None, description: str) -> TuneConfig:
         metavar="DIR",
         help="where records are kept (default: this user's, which compiler.build reads)",
     )
+
+
+def add_where(parser: Parser) -> None:
+    add = parser.add_argument
     add("--threads", type=int, help="of a kernel (default: all CPUs that may be used)")
     add(
         "--rpc",
@@ -85,17 +107,6 @@ def parse(argv: list[str] | None, description: str) -> TuneConfig:
         metavar="MIB",
         help="copies of the weights in turn (default: the last-level cache and a half)",
     )
-    add("--resume", action="store_true", help="take up the records that are there")
-    add("--report", action="store_true", help="measure what tuning gained; table and plot")
-    add(
-        "--output",
-        type=Path,
-        default=Path("tune-report"),
-        metavar="DIR",
-        help="of --report (default: %(default)s)",
-    )
-    values = vars(parser.parse_args(argv))
-    return TuneConfig(**values | {"ops": tuple(values["ops"])})
 
 
 def check(config: TuneConfig) -> None:
@@ -122,4 +133,9 @@ def check_report(config: TuneConfig) -> None:
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise BuildError(
             f"output: asked for {config.output}, cannot write to {place}; possible: --output DIR"
+        )
+    if find_spec("matplotlib") is None:
+        raise BuildError(
+            "report: found no matplotlib for its plot; possible: pip install "
+            "'bitnet-compiler[export,tune]'"
         )

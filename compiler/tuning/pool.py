@@ -28,6 +28,14 @@ class RunError(Exception):
     """A candidate that did not run; the message begins with crash, hang or error."""
 
 
+class NotStarted(BuildError):
+    """A runner that cannot be started; the others may go on."""
+
+    def __init__(self, message: str, worker: "Worker") -> None:
+        super().__init__(message)
+        self.worker = worker
+
+
 @dataclass(frozen=True)
 class Rpc:
     host: str
@@ -104,9 +112,12 @@ class Worker:
             where = (
                 f"rpc {self._rpc.host}:{self._rpc.port} key {self._rpc.key}" if self._rpc else ""
             )
-            raise BuildError(
+            raise NotStarted(
                 f"runner: {where or 'process'} did not start ({error}); possible: "
-                + ("a tracker and a free server of that key" if where else "pip install apache-tvm")
+                + (
+                    "a tracker and a free server of that key" if where else "pip install apache-tvm"
+                ),
+                self,
             ) from error
 
     def _request(self, action: str, arguments: Any, seconds: float) -> Any:

@@ -1,10 +1,10 @@
 """Runners: the workers of a session, with one task before all of them; checks and races on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from compiler.config import BuildError
 from compiler.tuning.candidates import Candidate
-from compiler.tuning.pool import RunError, Worker, spread
+from compiler.tuning.pool import NotStarted, RunError, Worker, spread
 from compiler.tuning.tasks import Task, Times
 
 CHECK_LIMIT, RACE_LIMIT = 30.0, 120.0  # seconds until a candidate counts as hanging
@@ -17,7 +17,8 @@ class Runners:
     def __init__(
         self, workers: Sequence[Worker], weigh: str, check_limit: float, race_limit: float
     ) -> None:
-        self._workers, self._weigh = workers, weigh
+        self.lost: list[str] = []  # workers that could not be started any more, a line each
+        self._workers, self._weigh = list(workers), weigh
         self._check_limit, self._race_limit = check_limit, race_limit
         self._rows: list[int] = []
 
@@ -32,15 +33,17 @@ class Runners:
 
     def check(self, candidates: Sequence[Candidate]) -> list[str]:
         """store.OK of each, or what is wrong with its results."""
-        return spread(
-            self._workers, candidates, lambda w, share: [self._check(w, c) for c in share]
+        return self._going_on(
+            lambda workers: spread(
+                workers, candidates, lambda w, share: [self._check(w, c) for c in share]
+            )
         )
 
     def race(
         self, candidates: Sequence[Candidate], rounds: int, seconds: float = ROUND_SECONDS
     ) -> list[Times]:
         """Times of each, interleaved, on one worker; RunError where one of them does not run."""
-        return self._race(self._workers[0], candidates, rounds, seconds)
+        return self._going_on(lambda workers: self._race(workers[0], candidates, rounds, seconds))
 
     def compare(
         self, default: Candidate, candidates: Sequence[Candidate], rounds: int
@@ -58,7 +61,18 @@ class Runners:
                 return [on(worker, [one])[0] for one in share]
             return [(times, base) for times in found]
 
-        return spread(self._workers, candidates, on)
+        return self._going_on(lambda workers: spread(workers, candidates, on))
+
+    def _going_on(self, work: Callable[[Sequence[Worker]], list]) -> list:
+        """work(workers), without those that cannot be started as long as one is left."""
+        while True:
+            try:
+                return work(self._workers)
+            except NotStarted as error:
+                if len(self._workers) == 1:
+                    raise
+                self._workers.remove(error.worker)
+                self.lost.append(str(error))
 
     def _check(self, worker: Worker, candidate: Candidate) -> str:
         try:

@@ -29,7 +29,7 @@ from compiler.tuning.runners import CHECK_LIMIT, RACE_LIMIT, Runners
 from compiler.tuning.search import Search, make_model
 from compiler.tuning.statistics import gain
 from compiler.tuning.tasks import Task, allot
-from compiler.tuning.under_way import Progress, UnderWay
+from compiler.tuning.under_way import DONE, NOT_TRIED, Progress, UnderWay
 
 BATCH = 8
 ROUNDS, FINAL_ROUNDS = 9, 41
@@ -94,6 +94,11 @@ class Session:
         left = sum(progress.left for progress in self.progress)
         return max(0.0, min((now - self._searching) / self._made * left, self._ends - now))
 
+    @property
+    def lost(self) -> list[str]:
+        """Runners that could not be started any more, while others went on; a line each."""
+        return self._runners.lost
+
     def _show(self, progress: Progress, state: str) -> None:
         progress.state = state
         self.say()
@@ -153,10 +158,13 @@ class Session:
             if not batch:
                 break
             self._measure(tuned, batch)
+        if not progress.trials and progress.allotted:  # a race without a rival would prove nothing
+            self._show(progress, NOT_TRIED)
+            return
         if progress.chosen is None or progress.trials > before:
             self._show(progress, "final")
             self._final(tuned)
-        self._show(progress, "done")
+        self._show(progress, DONE)
 
     def _measure(self, tuned: UnderWay, batch: Sequence[Choice]) -> None:
         """Build, check, race and record a batch."""

@@ -2,8 +2,9 @@
 
 The workload is a PrimFunc of one block that stands for the kernel and names its op and sizes in
 attributes. A template writes the family and, sampled, a value for every knob as annotations on the
-block; there is one design space (a template) a family. The builder reads the annotations and makes
-the real kernel with its factory. So a record's trace replays as any of MetaSchedule's does.
+block; there is one design space (a template) a family. The search lists the points of these spaces
+and sets a template's decisions to the one that it wants; the builder reads the annotations and
+makes the real kernel with its factory. So a record's trace replays as any of MetaSchedule's does.
 """
 
 import math

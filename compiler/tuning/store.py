@@ -274,8 +274,12 @@ def keep_rest(path: Path, stage: Path) -> None:
     if not path.is_dir():
         return
     for file in path.iterdir():
-        if file.name not in (MACHINE, WORKLOADS, RECORDS):
-            shutil.copy2(file, stage)
+        if file.name in (MACHINE, WORKLOADS, RECORDS):
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.copytree(file, stage / file.name, symlinks=True)
+        else:
+            shutil.copy2(file, stage, follow_symlinks=False)
     workloads = read_lines(path / WORKLOADS)
     hashes = [hash_of(line) for line in workloads]
     keep_lines(

@@ -39,7 +39,7 @@ def pick(task: Task, chosen: Choice, lookup: Lookup, weigh: str) -> Choice | Non
     if chosen != task.default:
         return chosen
     default = task.schedule(task.default)
-    expected = version_of(default, default, task.make)
+    expected = version_of(default, default, task.make, task.target.families)
     assert expected
     for records in lookup.measured(task.op.name, task.sizes):
         known = current(task, records, expected)
@@ -47,7 +47,7 @@ def pick(task: Task, chosen: Choice, lookup: Lookup, weigh: str) -> Choice | Non
         for choice in recall(task, known, weigh).quickest():
             schedule = task.schedule(choice)
             if choice != task.default and versions[choice] == version_of(
-                default, schedule, task.make
+                default, schedule, task.make, task.target.families
             ):
                 return choice
     return None

@@ -1,7 +1,9 @@
 """UnderWay: a task that is being tuned, what was built and measured of it, and its records."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tvm.s_tir import meta_schedule as ms
 
@@ -16,6 +18,9 @@ from compiler.tuning.store import Record
 from compiler.tuning.tasks import Task, Times
 
 FINALISTS = 3
+ROOM = 2**24  # bytes; a library has some 100 KB, a linker's files beside it a few times that
+
+DONE, NOT_TRIED = "done", "not tried"
 
 
 @dataclass
@@ -36,7 +41,11 @@ class Progress:
     @property
     def left(self) -> int:
         """Trials that are still to be made."""
-        return 0 if self.state == "done" else max(0, (self.allotted or 0) - self.trials)
+        return 0 if self.is_over else max(0, (self.allotted or 0) - self.trials)
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in (DONE, NOT_TRIED)
 
 
 @dataclass
@@ -73,6 +82,7 @@ class UnderWay:
             try:
                 candidate = self.builder.build(choice)
             except (RuntimeError, BuildError) as error:  # TVM's code generator, the linker
+                require_room(self.builder.directory)
                 failed[choice] = f"build: {' '.join(str(error).split())[:200]}"
                 continue
             if candidate is None:
@@ -122,3 +132,12 @@ class UnderWay:
 
     def workload(self) -> list:
         return ms.database.Workload(self.builder.workload).as_json()
+
+
+def require_room(directory: Path) -> None:
+    """BuildError where a full disk, and no candidate, is to blame."""
+    if shutil.disk_usage(directory).free < ROOM:
+        raise BuildError(
+            f"tune: {directory} has no room for candidates; what is measured is kept; possible: "
+            "TMPDIR on a disk with room, then --resume"
+        )

@@ -69,7 +69,8 @@ def recorded(knobs: dict[str, int], origin: str = "record", family: str = "gener
     default = Schedule("int8_matmul", default_choice("int8_matmul", GENERIC.families))
     choice = Choice(family, tuple(knobs.items()))
     make = lambda schedule: schedule.kernel(n, 48, GENERIC)  # noqa: E731
-    return Recorded(choice, version_of(default, Schedule("int8_matmul", choice), make), origin)
+    schedule = Schedule("int8_matmul", choice)
+    return Recorded(choice, version_of(default, schedule, make, GENERIC.families), origin)
 
 
 def built(record: list[dict]) -> tuple:
@@ -97,9 +98,11 @@ def test_lookup_is_asked_for_the_call(knobbed):
         ({"unroll": 8}, "generic"),
         ({}, "generic"),
         ({"unroll": 4}, "vax"),
+        ({}, "foo.bar"),
+        ({}, "cuda"),
         ({"unroll": 3}, "generic"),
     ],
-    ids=["value", "no knobs", "family", "refused by the factory"],
+    ids=["value", "no knobs", "family", "no module", "another machine's", "refused by the factory"],
 )
 def test_choice_that_is_none_is_passed_over(knobbed, knobs, family):
     wrong = Recorded(Choice(family, tuple(knobs.items())), "0" * 16, "record")
@@ -125,7 +128,7 @@ def test_weights_are_packed_as_the_chosen_kernel_reads_them():
     """x86-avx2 told to use generic's kernel, whose layout is another."""
     target = TARGETS["x86-avx2"]
     default = Schedule("ternary_matmul", default_choice("ternary_matmul", target.families))
-    chosen = Schedule("ternary_matmul", Choice("generic"))
+    chosen, families = Schedule("ternary_matmul", Choice("generic")), target.families
 
     def lookup(op, sizes):
         def make(schedule):
@@ -133,7 +136,7 @@ def test_weights_are_packed_as_the_chosen_kernel_reads_them():
                 sizes["N"], sizes["K"], sizes["act_bits"], target, epilogue="scale"
             )
 
-        return [Recorded(chosen.choice, version_of(default, chosen, make), "record")]
+        return [Recorded(chosen.choice, version_of(default, chosen, make, families), "record")]
 
     case = CASES["ternary_matmul"]
     with using(target, lookup) as table:

@@ -37,6 +37,17 @@ def test_other_version_of_tvm_is_told_and_not_used(tmp_path):
     assert note.endswith("records of TVM 0.26, this is 0.27: not used")
 
 
+def test_records_of_another_row_are_told_and_not_used(tmp_path):
+    """Copied below the wrong row."""
+    path = filled(tmp_path, line(1, race=1, chosen=1))
+    path.parent.rename(tmp_path / "x86-avx2")
+    lookup = Lookup(TARGETS["x86-avx2"], [tmp_path], HERE)
+    assert list(lookup("int8_matmul", SIZES)) == []
+    assert lookup.notes == [
+        f"{tmp_path / 'x86-avx2' / path.name}: records of generic, not of x86-avx2: not used"
+    ]
+
+
 def test_unreadable_directory_does_not_stop_a_build(tmp_path):
     path = filled(tmp_path, line(1, race=1, chosen=1))
     (path / store.RECORDS).write_bytes(b"\xff\xfe\x00")

@@ -88,8 +88,8 @@ def test_import_refuses_a_foreign_file(tmp_path, capsys):
         )
     path = filled(tmp_path / "root", line(1))
     (path / store.RECORDS).write_text("[1]\n")
-    assert command("export", tmp_path / "bad.tar.gz", "--records", tmp_path / "root") == 0
-    capsys.readouterr()
+    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as archive:
+        archive.add(path, path.relative_to(tmp_path / "root"))
     assert command("import", tmp_path / "bad.tar.gz", "--records", tmp_path / "there") == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith(f"compiler.records: {tmp_path}/bad.tar.gz/") and "nothing is" in told
@@ -119,14 +119,44 @@ def test_prune_keeps_what_a_build_can_use(tmp_path, capsys):
     assert found([tmp_path]) == [(1, "record")]
 
 
+def test_export_leaves_out_what_import_would_refuse(tmp_path, capsys):
+    path = filled(tmp_path / "root", line(1), line(2))
+    with (path / store.RECORDS).open("a") as file:
+        file.write("somebody's\n")
+    file = tmp_path / "records.tar.gz"
+    assert command("export", file, "--records", tmp_path / "root") == 0
+    assert command("import", file, "--records", tmp_path / "there") == 0
+    assert "2 records added" in capsys.readouterr().out
+    assert (path / store.RECORDS).read_text().endswith("somebody's\n")
+
+
+def test_unpacking_onto_a_full_disk(tmp_path, capsys, monkeypatch):
+    filled(tmp_path / "root", line(1))
+    file = tmp_path / "records.tar.gz"
+    assert command("export", file, "--records", tmp_path / "root") == 0
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    assert command("import", file, "--records", tmp_path / "there") == 2
+    assert "cannot unpack there (No space left on device); possible: TMPDIR" in (
+        capsys.readouterr().err
+    )
+
+
 def test_rewriting_keeps_what_is_no_record(tmp_path, capsys):
     path = filled(tmp_path, line(1), line(1, race=9, chosen=1))
     with (path / store.RECORDS).open("a") as file:
         file.write("somebody's\n")
     kept = (path / store.RECORDS).with_suffix(".damaged")
     kept.write_text("torn\n")
+    (path / "notes").mkdir()
+    (path / "notes" / "mine").write_text("x")
+    (path / "link").symlink_to("nowhere")
     assert command("prune", tmp_path, "--final") == 0
     assert kept.read_text() == "torn\nsomebody's\n"
+    assert (path / "notes" / "mine").read_text() == "x" and (path / "link").is_symlink()
     directory = store.read(path)
     assert len(directory.records) == 1 and not directory.problems
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from compiler.ops import OPS
 from compiler.signature import Match
 from compiler.toolchain import find_linker
 from compiler.tuning import page, report, session, space, store
+from compiler.tuning.candidates import Builder
 from compiler.tuning.lookup import Lookup
 from compiler.tuning.machine import Machine
-from compiler.tuning.pool import Rpc, Worker, count_servers
+from compiler.tuning.pool import NotStarted, Rpc, Worker, count_servers
 from compiler.tuning.tasks import Task
 from schedules.int8_matmul import generic
 from schedules.targets import TARGETS
@@ -237,11 +239,13 @@ def test_time_left(kernel, tmp_path, monkeypatch):
 
 
 def test_time_is_up(kernel, tmp_path, monkeypatch):
-    """No candidate is tried after it; the final race, of what there is, takes place."""
+    """No candidate is tried after it, and of a kernel that none was of, nothing is chosen."""
     monkeypatch.setattr(generic, "KNOBS", {"lanes": (2, 1)})
     running = tuned(tmp_path, minutes=1e-6)
-    assert running.progress[0].trials == 0 and running.progress[0].state == "done"
-    assert [r.chosen for r in store.read(running.records).records] == [True, True]
+    assert running.progress[0].trials == 0 and running.progress[0].state == "not tried"
+    assert store.read(running.records).records == () and running.progress[0].chosen is None
+    (again,) = tuned(tmp_path, resume=True).progress
+    assert again.trials == 1 and again.state == "done" and again.chosen is not None
 
 
 def test_default_that_fails_is_refused(kernel, tmp_path, monkeypatch):
@@ -377,6 +381,41 @@ def test_two_servers_measure_in_parallel(kernel, tmp_path, monkeypatch, servers)
     found = results(store.read(running.records).records)
     assert all(result.startswith("wrong") for r in (100, 60, 30, 1) for result in found[WRONG, r])
     assert dict(running.progress[0].chosen.knobs) == {"fault": NONE, "lanes": 1}
+
+
+class Gone(Worker):
+    """A server that is no more."""
+
+    def _start(self) -> None:
+        raise NotStarted("runner: rpc 127.0.0.1:1 key pair did not start", self)
+
+
+def test_a_server_that_is_gone_is_left_out(kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (100, 1)})
+    with one_worker() as worker:
+        running = tuned(tmp_path, workers=[Gone(TARGET, 1), worker])
+    assert dict(running.progress[0].chosen.knobs) == {"lanes": 1}
+    assert running.lost == ["runner: rpc 127.0.0.1:1 key pair did not start"]
+    with pytest.raises(BuildError, match="did not start"):
+        tuned(tmp_path / "alone", workers=[Gone(TARGET, 1)])
+
+
+def test_full_disk_is_no_candidates_fault(kernel, tmp_path, monkeypatch):
+    """Nothing is recorded of a candidate that could not be linked for want of room."""
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (100, 1)})
+    build, room = Builder._compile, shutil.disk_usage(tmp_path)
+
+    def compile_(self, kernel, path):
+        if path.name != "candidate1.so":  # the default's
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=0))
+            raise BuildError("ld: final link failed: No space left on device")
+        build(self, kernel, path)
+
+    monkeypatch.setattr(Builder, "_compile", compile_)
+    with pytest.raises(BuildError, match="no room for candidates; what is measured is kept"):
+        tuned(tmp_path)
+    (path,) = store.find_directories(tmp_path)
+    assert store.read(path).records == ()
 
 
 def counted(function, asked: dict[int, int], i: int):

@@ -68,8 +68,11 @@ def test_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RecordError, match=r"cannot write \(No space left on device\)"):
         writer.add(WORKLOAD, [line(2), line(1)])
-    with pytest.raises(RecordError, match="No space left"):
+    with pytest.raises(RecordError, match="No space left") as told:
         store.write(store.read(path), path)
+    assert str(told.value).startswith(f"{path}/") and "possible: a place with room" in str(
+        told.value
+    )
     assert (path / store.RECORDS).read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 

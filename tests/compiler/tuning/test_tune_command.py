@@ -77,6 +77,9 @@ def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tune, "tune", lambda config: os.kill(os.getpid(), signal.SIGINT))
     assert tune.main(options) == 130
     assert "what is measured is kept, --resume goes on" in capsys.readouterr().err
+    monkeypatch.setattr(tune, "report", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    assert tune.main(["--report"]) == 130
+    assert "interrupted; no report is written" in capsys.readouterr().err
 
 
 def knobs_of_family(family: str) -> list[tuple[int, ...]]:
