@@ -53,18 +53,19 @@ class Block(Tile):
         cuda.store(self.state, T.float64(0), 1)
 
     def attend(self, round_: Expr) -> None:
-        """The warp's block of positions of this round, if it has one."""
+        """The warp's block of positions of this round, if it has one. Warps that have none pass
+        the same barriers: racecheck does not count the block's next barrier for warps that passed
+        one of their own which others did not."""
         first = self.first_of(round_)
         count = T.bind(T.min(self.seen - first, KEYS))
         with cuda.when(count > 0):
-            self._attend(first, count)
-
-    def _attend(self, first: Expr, count: Expr) -> None:
-        self._share_dots()
+            self._share_dots()
         self._sync_unit()
-        self._weigh(first, count)
+        with cuda.when(count > 0):
+            self._weigh(first, count)
         self._sync_unit()
-        self._add_values()
+        with cuda.when(count > 0):
+            self._add_values()
 
     def _sync_unit(self) -> None:
         """A barrier of the warps of a block of positions."""
