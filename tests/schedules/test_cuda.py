@@ -12,6 +12,7 @@ of const data over that wait, so the machine code is looked at, too.
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 import tvm
 
+from benchmarks import gpu_checks
 from compiler import nvcc
 from compiler.kernels import Schedule, default_choice, families_of, using
 from compiler.passes.launch_early import launch_early
@@ -40,7 +42,7 @@ KERNELS = (
     ("rms_norm_topk", (2560, 1280, 1e-5), ()),
     ("rms_norm_topk", (30000, 1280, 1e-5), ()),
     ("rms_norm_topk", (2560, 1280, 1e-5), (False,)),
-    ("ternary_matmul", (640, 512, 4), ("scale",)),
+    ("ternary_matmul", (640, 4608, 4), ("scale",)),
     ("ternary_matmul", (130, 272, 8), ("glu",)),
     ("ternary_matmul", (130, 257, 8), ("glu",)),
     ("ternary_matmul", (130, 272, 8), ("residual",)),
@@ -163,11 +165,13 @@ def load_before_the_wait(binary: bytes, target: GpuTarget) -> set[str]:
 
 def machine_code(binary: bytes, target: GpuTarget) -> dict[str, list[str]]:
     """By launch, its instructions."""
-    tools = os.environ | {"PATH": f"{CUDA_TOOLS}:{os.environ['PATH']}"}
+    tools = os.environ | {"PATH": f"{CUDA_TOOLS}:{os.environ['PATH']}:{gpu_checks.TOOLKIT}"}
+    cuobjdump = shutil.which("cuobjdump", path=tools["PATH"])
+    assert cuobjdump, "no cuobjdump: in the wheels of `dev`, on the PATH or in the CUDA toolkit"
     with tempfile.NamedTemporaryFile(suffix=".fatbin") as file:
         file.write(binary)
         file.flush()
-        command = [CUDA_TOOLS / "cuobjdump", "-sass", "-arch", target.archs[0], file.name]
+        command = [cuobjdump, "-sass", "-arch", target.archs[0], file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True, env=tools).stdout
     parts = re.split(r"\bFunction : (\S+)\n", text)[1:]
     code = dict(zip(parts[::2], parts[1::2], strict=True))
