@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from runtime import host, tvm_runtime
 from runtime.artifact import Artifact
 from runtime.device import open_device, shortened
-from runtime.errors import ArtifactError, RuntimeRefusal, require_whole, whole_array
+from runtime.errors import ArtifactError, Numbers, RuntimeRefusal, require_whole, whole_array
 from runtime.generation import Generation
 from runtime.kv_cache import KVCache
 from runtime.sampler import Sampler
@@ -55,7 +55,7 @@ class Engine:
     def _take_memory(self) -> None:
         """The longest step and one of a row: what is missing is told now, not amid a text."""
         rows = min(self._prompt_rows, self.context)
-        self._append([0] * rows, 0, 0, [rows - 1])
+        self._append(np.zeros(rows, np.int64), 0, 0, [rows - 1])
         self.decode([0], [0], [0])
 
     @property
@@ -159,11 +159,11 @@ class Engine:
 
     def prefill(self, token_ids: Sequence[int], slot: int = 0, start: int = 0) -> np.ndarray:
         """Append tokens to a slot from position `start` on; logits f32[V] of the last one."""
-        self._check_sequence(token_ids, start)
+        tokens = self._check_sequence(token_ids, start)
         logits = np.empty(0, np.float32)
         rows = self._prompt_rows
-        for begin in range(0, len(token_ids), rows):
-            chunk = token_ids[begin : begin + rows]
+        for begin in range(0, len(tokens), rows):
+            chunk = tokens[begin : begin + rows]
             logits = self._append(chunk, slot, start + begin, [len(chunk) - 1])[0]
         logits = logits.copy()  # its memory goes back with the rest
         self._device.end_prompt()
@@ -180,9 +180,9 @@ class Engine:
         self, token_ids: Sequence[int], slot: int = 0
     ) -> Iterator[tuple[int, np.ndarray]]:
         """`score` in pieces: (first position, logits f32[at most SCORE_ROWS, V])."""
-        self._check_sequence(token_ids, 0)
-        for begin in range(0, len(token_ids), SCORE_ROWS):
-            chunk = token_ids[begin : begin + SCORE_ROWS]
+        tokens = self._check_sequence(token_ids, 0)
+        for begin in range(0, len(tokens), SCORE_ROWS):
+            chunk = tokens[begin : begin + SCORE_ROWS]
             yield begin, self._append(chunk, slot, begin, range(len(chunk)))
         self._device.end_prompt()
 
@@ -221,11 +221,10 @@ class Engine:
         checked = self._check_rows(tokens, slots, positions)
         return self._call("decode_sparsity", *checked).copy()
 
-    def _append(
-        self, tokens: Sequence[int], slot: int, start: int, rows: Sequence[int]
-    ) -> np.ndarray:
-        positions = range(start, start + len(tokens))
-        checked = self._check_rows(tokens, [slot] * len(tokens), positions)
+    def _append(self, tokens: np.ndarray, slot: int, start: int, rows: Sequence[int]) -> np.ndarray:
+        """Arrays: thousands of Python's numbers are checked in the time of a layer."""
+        positions = np.arange(start, start + len(tokens))
+        checked = self._check_rows(tokens, np.full(len(tokens), slot), positions)
         return self._call("prefill", *checked, np.asarray(rows, np.int64))
 
     def _call(self, name: str, *arrays: np.ndarray) -> np.ndarray:
@@ -251,7 +250,8 @@ class Engine:
                 "again"
             ) from error
 
-    def _check_sequence(self, token_ids: Sequence[int], start: int) -> None:
+    def _check_sequence(self, token_ids: Sequence[int], start: int) -> np.ndarray:
+        """The tokens as i64[N]."""
         if len(token_ids) == 0:
             raise RuntimeRefusal("prompt: it has no tokens; possible: at least one")
         if start + len(token_ids) > self.context:
@@ -259,10 +259,10 @@ class Engine:
             raise RuntimeRefusal(
                 f"prompt: it has {len(token_ids)} tokens{after}; the context holds {self.context}"
             )
-        whole_array("token ids", token_ids, self.shape.vocab_size)
+        return whole_array("token ids", token_ids, self.shape.vocab_size)
 
     def _check_rows(
-        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
+        self, tokens: Numbers, slots: Numbers, positions: Numbers
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not len(tokens) == len(slots) == len(positions) > 0:
             raise RuntimeRefusal(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Numbers = Sequence[int] | np.ndarray
+
 
 class RuntimeRefusal(ValueError):
     """Something the runtime cannot do; the message is one line for the user."""
@@ -23,7 +25,7 @@ def require_whole(name: str, value: object, low: int, high: int | None = None) -
     return value
 
 
-def whole_array(name: str, values: Sequence[int], limit: int) -> np.ndarray:
+def whole_array(name: str, values: Numbers, limit: int) -> np.ndarray:
     """`values` as i64[M], each in [0, limit)."""
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -7,6 +7,7 @@ the forms of up to 16 tokens.
                 x[T, 128], w[64 G, 128] -> shared    cp.async; x under the 128-byte swizzle
                 a[16] = w << 6 - 2i & 0xC0           registers, while the last chunk multiplies
                 acc[64, T] += a . x                  4 wgmma m64nTk32 of each of G warpgroups
+            residual[T, 64 G] -> shared              with the last chunks, where stages are free
             out[T / C, 64 G] = epilogue(sum / 64)    over the ranks: their shared memory
 
     G | T   | S | C    | blocks a multiprocessor | taken, of N x K, for M
@@ -56,7 +57,8 @@ def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) ->
     with share(form) as rank, cuda.blocks(tokens, "y") as c, cuda.blocks(form.columns, "z") as b:
         with cuda.threads(form.threads) as t, cuda.min_blocks(form.blocks):
             cuda.wait_for_launch()
-            block = Block(form, q, (w,), rows, rank, b, c, t)
+            early = extra if end.extra == "residual" else None  # prompts have no gate
+            block = Block(form, q, (w,), rows, rank, b, c, t, early)
             block.multiply()
             block.finish(end, scale, w_scale, extra, out)
 

@@ -58,6 +58,7 @@ KERNELS = (
     *(("attention", (8, 2, 128, bits), ()) for bits in (4, 3)),
     # Of one family
     ("glu_matmul", (130, 272), ()),
+    ("rope_matmul", (*HEADS, 64, 272), ()),
     *(("norm_matmul", (130, 260, "int4", 1e-5), (end,)) for end in ("scale", "residual", "glu")),
     ("norm_matmul", (130, 260, "int8", 1e-5), ("residual", 130)),
     *(("rope_attention", (*HEADS, 64, bits), ()) for bits in (4, 3)),
