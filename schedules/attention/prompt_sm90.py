@@ -84,6 +84,7 @@ class LevelTile(Tile):
         self.multiply_keys(stage)
         self.softmax.step(T.bind(b * KEYS), T.bind(stage + T.uint32(form.level_bytes)))
         self.multiply_values(T.bind(stage + T.uint32(form.key_bytes)))
+        T.evaluate(T.cuda.warp_sync())  # the other lanes have read the stage, too
         with cuda.when(self.lane == 0):
             bulk_sm90.arrive(self._barrier(self.empty, number))
 
