@@ -59,7 +59,6 @@ class Kernels:
         from schedules import targets
 
         self.tvm, self.target = tvm, targets.find(target)
-        self.folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
         self.nbytes = 0  # of the memory that a call of the prepared kernel reads once
 
     def link(self, func, is_launched_by_us: bool = True):
@@ -68,12 +67,14 @@ class Kernels:
         from compiler.pipeline import LAUNCH, LAUNCH_FLAGS
 
         mod = self.tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
-        path = Path(tempfile.mkstemp(suffix=".so", dir=self.folder)[1])
         options = [*LAUNCH_FLAGS, str(LAUNCH)] if is_launched_by_us else []
-        self.tvm.compile(mod, target=self.target.to_tvm()).export_library(
-            str(path), fcompile=partial(cc.create_shared, cc="gcc", options=options)
-        )
-        return self.tvm.runtime.load_module(str(path))["kernel"]
+        compiled = self.tvm.compile(mod, target=self.target.to_tvm())
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:  # loaded, it is not needed
+            path = f"{folder}/kernel.so"
+            compiled.export_library(
+                path, fcompile=partial(cc.create_shared, cc="gcc", options=options)
+            )
+            return self.tvm.runtime.load_module(path)["kernel"]
 
     def schedule(self, folder: str):
         from compiler.kernels import Schedule, default_choice

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,10 +168,12 @@ def test_wrong_target_is_one_line(generic_artifact, capsys):
     assert told.startswith("benchmarks.cpu: target: asked for vax") and told.count("\n") == 1
 
 
-def test_kernels_are_of_the_target_that_is_used():
+def test_kernels_are_of_the_target_that_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     worker = cpu_worker.Ours()
     for name in ("generic", "native"):
         worker.use_target(name)
         worker.prepare("launch", is_launched_by_us=False, copies=2)
         assert worker.kernels.target == targets.find(name)
         assert worker.kernel(threads=1)["seconds"] > 0
+    assert not list(tmp_path.glob("benchmark-*"))
