@@ -25,25 +25,34 @@ class Bench:
     def __init__(self, options: argparse.Namespace, target: str) -> None:
         self.options, self.target = options, target
         self.rows: list[Row] = []
-        self.reader, self.dense, ours = (self.start(name) for name in (READ, DENSE, OURS))
+        self.started: list[Worker] = []
+        try:
+            self.start(options, target)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, options: argparse.Namespace, target: str) -> None:
+        ours = HERE / "cpu_worker.py"
+        self.reader, self.dense = (self.run(name, sys.executable, ours) for name in (READ, DENSE))
+        self.workers = {OURS: self.run(OURS, sys.executable, ours)}
+        for worker in self.started:
+            worker.ask("use_target", name=target)
         self.reader.ask("prepare", kind="stream", nbytes=STREAM_BYTES)
-        self.workers = {OURS: ours}
         if options.peer_python:
             for kind in options.peers:
                 script = HERE / "llama_cpp_peer.py"
-                self.workers[kind] = Worker(kind, options.peer_python, script)
+                self.workers[kind] = self.run(kind, options.peer_python, script)
         self.shape = json.loads((options.artifact / "config.json").read_text(encoding="utf-8"))
         self.manifest = json.loads((options.artifact / "artifact.json").read_text(encoding="utf-8"))
         self.versions = {name: self.version(name) for name in self.workers if name != OURS}
 
-    def start(self, name: str) -> Worker:
-        """A process of ours, whose kernels are the target's."""
-        worker = Worker(name, sys.executable, HERE / "cpu_worker.py")
-        worker.ask("use_target", name=self.target)
-        return worker
+    def run(self, name: str, python: str, script: Path) -> Worker:
+        self.started.append(Worker(name, python, script))
+        return self.started[-1]
 
     def close(self) -> None:
-        for worker in (self.reader, self.dense, *self.workers.values()):
+        for worker in self.started:
             worker.close()
 
     def version(self, peer: str) -> str:

@@ -204,15 +204,22 @@ def export(arguments: argparse.Namespace) -> None:
             whole, written = Path(scratch) / "archive", Path(scratch) / "records"
             with tarfile.open(whole, "w:gz") as archive:
                 for directory in found:  # as it was read: without lines that import would refuse
-                    inside = place(directory, Path())
+                    inside = Path(directory.target) / directory.path.name
                     store.write(directory, written / inside)
                     archive.add(written / inside, str(inside))
             whole.replace(target)
-    except OSError as error:
+    except (OSError, RecordError) as error:
         raise BuildError(
-            f"{arguments.file}: cannot write ({error.strerror}); possible: a place with room"
+            f"{arguments.file}: cannot write ({reason(error)}); possible: a place with room"
         ) from error
     print(f"{sum(len(directory.records) for directory in found)} records to {arguments.file}")
+
+
+def reason(error: BaseException) -> str | None:
+    """The system's, of what an error was made from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error.strerror if isinstance(error, OSError) else str(error)
 
 
 EXPORTED = "possible: a file that compiler.records export wrote"

@@ -8,7 +8,7 @@
 
 A model's shapes are enough: --model takes a known configuration too, or a directory with only a
 config.json. `compiler.build` finds the records by itself. Exit code 2: it cannot be tuned, for the
-reason in the one line on stderr; 130: interrupted, what was measured is kept.
+reason in the one line on stderr; 130: interrupted, what was measured is kept, of a report nothing.
 """
 
 import sys
@@ -182,9 +182,11 @@ def tune(config: TuneConfig) -> Path:
         if config.resume and not session.takes_up:
             print(f"resume: no records in {writer.path}; begins anew", file=sys.stderr)
         session.say = stack.enter_context(showing(session))
-        session.run()
-        for line in session.lost:
-            print(f"rpc: {line}", file=sys.stderr)
+        try:
+            session.run()
+        finally:
+            for line in session.lost:
+                print(f"{line}; left out, the others went on", file=sys.stderr)
         return writer.path
 
 

@@ -83,16 +83,16 @@ def add_what_counts(parser: Parser) -> None:
         help="what counts: a decode step, a prompt of 128 tokens, or a prompt and 128 steps "
         "(the default)",
     )
+
+
+def add_where(parser: Parser) -> None:
+    add = parser.add_argument
     add(
         "--records",
         type=Path,
         metavar="DIR",
         help="where records are kept (default: this user's, which compiler.build reads)",
     )
-
-
-def add_where(parser: Parser) -> None:
-    add = parser.add_argument
     add("--threads", type=int, help="of a kernel (default: all CPUs that may be used)")
     add(
         "--rpc",

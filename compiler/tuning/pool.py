@@ -74,8 +74,6 @@ class Worker:
     def ask(self, action: str, arguments: tuple, seconds: float) -> Any:
         if self._process is None:
             self._start()
-            if self._task is not None:
-                self._request("task", self._task, START_SECONDS)
         return self._request(action, arguments, seconds)
 
     def close(self) -> None:
@@ -108,7 +106,10 @@ class Worker:
         try:
             ours.send((self._kind, rpc, SESSION_SECONDS))
             self._receive(START_SECONDS)
+            if self._task is not None:
+                self._request("task", self._task, START_SECONDS)
         except RunError as error:
+            self.close()
             where = (
                 f"rpc {self._rpc.host}:{self._rpc.port} key {self._rpc.key}" if self._rpc else ""
             )
@@ -141,6 +142,8 @@ class Worker:
             self.close()
             raise
         if status == "error":
+            if self._rpc:  # the server's loop may have ended with it; a process asks for another
+                self.close()
             raise RunError(f"error: {result}")
         return result
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-from compiler.config import BuildError
 from compiler.tuning.candidates import Candidate
 from compiler.tuning.pool import NotStarted, RunError, Worker, spread
 from compiler.tuning.tasks import Task, Times
@@ -25,11 +24,11 @@ class Runners:
     def take_up(self, task: Task, files: dict) -> None:
         """Every worker's task from now on; to be repeated when `files` gain weights."""
         self._rows = list(task.rows(self._weigh))
-        try:
-            for worker in self._workers:
+        for worker in self._workers:
+            try:
                 worker.set_task(files)
-        except RunError as error:
-            raise BuildError(f"runner: cannot take up {task.shape}: {error}") from error
+            except RunError:  # started anew, with the task, when it is next asked for something
+                worker.close()
 
     def check(self, candidates: Sequence[Candidate]) -> list[str]:
         """store.OK of each, or what is wrong with its results."""

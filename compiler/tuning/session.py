@@ -158,7 +158,7 @@ class Session:
             if not batch:
                 break
             self._measure(tuned, batch)
-        if not progress.trials and progress.allotted:  # a race without a rival would prove nothing
+        if not progress.trials and tuned.search.left:  # a race without a rival would prove nothing
             self._show(progress, NOT_TRIED)
             return
         if progress.chosen is None or progress.trials > before:

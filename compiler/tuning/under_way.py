@@ -1,5 +1,7 @@
 """UnderWay: a task that is being tuned, what was built and measured of it, and its records."""
 
+import errno
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,7 +84,7 @@ class UnderWay:
             try:
                 candidate = self.builder.build(choice)
             except (RuntimeError, BuildError) as error:  # TVM's code generator, the linker
-                require_room(self.builder.directory)
+                require_room(self.builder.directory, error)
                 failed[choice] = f"build: {' '.join(str(error).split())[:200]}"
                 continue
             if candidate is None:
@@ -134,9 +136,9 @@ class UnderWay:
         return ms.database.Workload(self.builder.workload).as_json()
 
 
-def require_room(directory: Path) -> None:
-    """BuildError where a full disk, and no candidate, is to blame."""
-    if shutil.disk_usage(directory).free < ROOM:
+def require_room(directory: Path, error: Exception) -> None:
+    """BuildError where a full disk or quota, and no candidate, is to blame for the error."""
+    if shutil.disk_usage(directory).free < ROOM or os.strerror(errno.EDQUOT) in str(error):
         raise BuildError(
             f"tune: {directory} has no room for candidates; what is measured is kept; possible: "
             "TMPDIR on a disk with room, then --resume"

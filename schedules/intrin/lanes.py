@@ -41,7 +41,8 @@ def registers(count: int, dtype: str, lanes: int) -> list:
 
     A buffer each, and not of scope "local": TVM takes that from the heap on a CPU, and so it does
     what is above 1 KB or shares memory with such. A prefetch in the loop may read the heap for all
-    that LLVM knows, which then stores every sum after every addition."""
+    that LLVM knows, which then stores every sum after every addition. An array below 1 KB at
+    constant indices stays in registers too, as long as nothing larger shares its memory."""
     found = [T.alloc_buffer((lanes,), dtype) for _ in range(count)]
     for register in found:
         store(register, 0, value=splat(dtype, 0, lanes), lanes=lanes)

@@ -19,7 +19,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.intrin import avx2
 from schedules.sparse_ternary_matmul import columns_avx2, walk
-from schedules.sparse_ternary_matmul.columns_avx2 import BLOCK, COLUMNS, WIDE, tile_rows
+from schedules.sparse_ternary_matmul.columns_avx2 import BLOCK, COLUMNS, TILED_ROWS, tile_rows
 from schedules.sparse_ternary_matmul.walk import Tiles, Walk
 from schedules.targets import CpuTarget
 from schedules.ternary_matmul.quads_avx2 import MULTIPLY_ADD, Products
@@ -55,8 +55,8 @@ def kernel(
 ) -> PrimFunc:
     columns = Walk(BLOCK, COLUMNS, partial(columns_avx2.walk, ahead=ahead), value, ahead)
     tiles = Tiles(
-        lambda rows, active: T.And(rows >= WIDE, active * 16 >= rows * k * batch_sixteenths),
+        lambda rows, active: T.And(rows >= TILED_ROWS, active * 16 >= rows * k * batch_sixteenths),
         partial(tile_rows, k=k, products=products, wide=wide),
-        lambda rows, share: T.if_then_else(rows < WIDE, share, stripe),
+        lambda rows, share: T.if_then_else(rows < TILED_ROWS, share, stripe),
     )
     return walk.kernel(n, k, columns, tiles, most_eighths)

@@ -37,7 +37,7 @@ GROUP = 4  # pairs of columns that a walk takes at once
 COLUMNS = 2 * GROUP
 PAIRS_PER_DRAIN = 0x7FFF // (2 * 2 * 128) // GROUP * GROUP
 CHUNK = 32  # quads
-WIDE = 4  # rows from which on they are tiled
+TILED_ROWS = 4  # rows from which on they are tiled
 
 
 def codes(first, second):

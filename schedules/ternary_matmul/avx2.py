@@ -3,7 +3,7 @@ for the rows that a gate leaves.
 
 A table of the sums of two 4-bit activations has entries of a byte, so that one look-up does 64
 products; with 8-bit activations entries would take two bytes, and multiplying is as quick.
-The knob `lookup` = 0 multiplies 4-bit activations too: its weights are an eighth fewer bytes.
+The knob `lookup` = 0 multiplies 4-bit activations too.
 """
 
 from tvm.tirx import PrimFunc
@@ -46,4 +46,4 @@ def kernel(
         return lookup_avx2.kernel(n, k, target, epilogue, l2_eighths=l2_eighths, **tiles)
     if l2_eighths != 4 or (act_bits == 8 and not lookup):
         raise ValueError("ternary_matmul: multiplying has no such choice")
-    return quads_avx2.kernel(n, k, target, epilogue, products, **tiles)
+    return quads_avx2.kernel(n, k, epilogue, products, **tiles)

@@ -21,8 +21,8 @@ codes of 8 outputs, of which `vpmaddubsw` makes int16 sums of two products that 
                             sums32[rows] += sums        64 outputs a row: L1
 
     tile     | value       | bound by
-    visit    | 16 quads    | int16: a field of codes {0, 4, 8} is not shifted, 2048 an addition
-    chunk    | 64 quads    | int16: 512 an addition; L1
+    visit    | 16 quads    | int16: a field of codes {0, 4, 8} is not shifted, to -2048 an addition
+    chunk    | 64 quads    | int16: down to -512 an addition, -2**15 in all; L1
     STREAMS  | 4           | the memory's prefetchers: knob
     PREFETCH | 2048        | bytes ahead in a stream, over the end of a page: knob
     WIDE     | 4           | 16 registers: 8 sums, 6 operands: knob
@@ -48,7 +48,6 @@ from tvm.tirx import PrimFunc, Var
 from schedules.epilogue import EPILOGUES, Output
 from schedules.intrin import avx2, threads
 from schedules.layouts import num_quads
-from schedules.targets import CpuTarget
 from schedules.ternary_matmul.rows_avx2 import sum_row
 from schedules.ternary_matmul.rows_x86 import copy_row
 
@@ -228,7 +227,6 @@ def many_rows(output, w, qs, totals, codes, sums32, m, height, b, products, wide
 def kernel(
     n: int,
     k: int,
-    target: CpuTarget,
     epilogue: str,
     products: Products,
     *,

@@ -59,6 +59,14 @@ def test_worker_that_ends(echo):
         echo.ask("end")
 
 
+def test_worker_that_ended_before_it_was_asked(echo):
+    echo._process.kill()
+    echo._process.wait()
+    with pytest.raises(WorkerError, match="ended while asked"):
+        echo.ask("echo", text="x" * 10)
+    echo.close()
+
+
 def test_worker_that_cannot_start(tmp_path):
     with pytest.raises(WorkerError, match="peer: cannot run /nowhere/python: No such file"):
         Worker("peer", "/nowhere/python", tmp_path / "script.py")

@@ -34,7 +34,7 @@ def check(target: targets.TargetSpec) -> bool:
 
 
 def main() -> int:
-    rows = [targets.find(folder.name) for folder in sorted(SHIPPED.iterdir())]
+    rows = [targets.find(folder.name) for folder in sorted(SHIPPED.iterdir()) if folder.is_dir()]
     return 0 if all([check(row) for row in rows]) else 1
 
 

@@ -58,9 +58,12 @@ def repeats_gated(case: Case, family: str) -> bool:
     return layout is not None and layout(4, "scale") == layout(4, "glu")
 
 
-def is_another_with_arguments(folder: str, family: str) -> bool:
-    """Whether a family is another's kernel with other instructions: the other's knobs are run."""
-    return isinstance(find_module(folder, family).kernel, partial)
+def is_another_with_arguments(folder: str, family: str, families: tuple[str, ...]) -> bool:
+    """Whether a family is another family's kernel with other instructions, whose knobs are run."""
+    kernel = find_module(folder, family).kernel
+    if not isinstance(kernel, partial):
+        return False
+    return kernel.func.__module__.rpartition(".")[2] in families
 
 
 def families() -> list:
@@ -71,7 +74,7 @@ def families() -> list:
             for family in families_of(case.folder, target.families):
                 if not knobs_of(case.folder, family) or repeats_gated(case, family):
                     continue
-                if not is_another_with_arguments(case.folder, family):
+                if not is_another_with_arguments(case.folder, family, target.families):
                     found.setdefault((case, family), target)
     return [
         pytest.param(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -55,13 +56,15 @@ def test_export_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tarfile.TarFile, "add", full)
-    assert command("export", place / "file", "--records", tmp_path / "root") == 2
-    monkeypatch.undo()
+    for where, what in ((tarfile.TarFile, "add"), (os, "fsync")):
+        monkeypatch.setattr(where, what, full)
+        assert command("export", place / "file", "--records", tmp_path / "root") == 2
+        monkeypatch.undo()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"compiler.records: {place}: is no file; possible: a file's name"
     assert "file: cannot write (No such file or directory)" in lines[1]
-    assert "file: cannot write (No space left on device)" in lines[2] and len(lines) == 3
+    assert len(lines) == 4
+    assert all(f"{place}/file: cannot write (No space left on device)" in x for x in lines[2:])
     assert {entry.name for entry in tmp_path.iterdir()} == {"root", "place", "pipe"}
     assert not list(place.iterdir())
     (path / store.RECORDS).unlink()
@@ -128,6 +131,12 @@ def test_export_leaves_out_what_import_would_refuse(tmp_path, capsys):
     assert command("import", file, "--records", tmp_path / "there") == 0
     assert "2 records added" in capsys.readouterr().out
     assert (path / store.RECORDS).read_text().endswith("somebody's\n")
+    shutil.copytree(path, path.with_name("copy"))  # of the same machine: both are in the file
+    assert command("export", file, "--records", tmp_path / "root") == 0
+    with tarfile.open(file) as archive:
+        assert {f"generic/{name}/{store.RECORDS}" for name in (path.name, "copy")} <= set(
+            archive.getnames()
+        )
 
 
 def test_unpacking_onto_a_full_disk(tmp_path, capsys, monkeypatch):

@@ -25,7 +25,8 @@ from compiler.tuning import page, report, session, space, store
 from compiler.tuning.candidates import Builder
 from compiler.tuning.lookup import Lookup
 from compiler.tuning.machine import Machine
-from compiler.tuning.pool import NotStarted, Rpc, Worker, count_servers
+from compiler.tuning.pool import NotStarted, Rpc, RunError, Worker, count_servers
+from compiler.tuning.runners import Runners
 from compiler.tuning.tasks import Task
 from schedules.int8_matmul import generic
 from schedules.targets import TARGETS
@@ -398,6 +399,30 @@ def test_a_server_that_is_gone_is_left_out(kernel, tmp_path, monkeypatch):
     assert running.lost == ["runner: rpc 127.0.0.1:1 key pair did not start"]
     with pytest.raises(BuildError, match="did not start"):
         tuned(tmp_path / "alone", workers=[Gone(TARGET, 1)])
+
+
+def test_a_server_that_ended_is_asked_for_anew(monkeypatch):
+    """An error over RPC may be the server's end, and a task can be given later, too."""
+    with one_worker() as worker:
+        with pytest.raises(RunError, match="error"):
+            worker.ask("nonsense", (), 60)
+        assert worker._process is not None
+        monkeypatch.setattr(worker, "_rpc", Rpc("127.0.0.1", 1, "pair"))
+        with pytest.raises(RunError, match="error"):
+            worker.ask("nonsense", (), 60)
+        assert worker._process is None
+        monkeypatch.setattr(worker, "_rpc", None)
+        worker._start()
+        Runners([worker], "both", 1.0, 1.0).take_up(make_task(), {"no": "task"})
+        assert worker._process is None
+
+
+def test_nothing_is_chosen_of_a_kernel_without_trials(kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(generic, "KNOBS", {"lanes": (100, 1)})
+    running = tuned(tmp_path, tasks=[make_task(), make_task(2 * N)], trials=1)
+    by_state = {progress.state: progress for progress in running.progress}
+    assert by_state["done"].trials == 1 and by_state["not tried"].chosen is None
+    assert len({record.key for record in store.read(running.records).records}) == 1
 
 
 def test_full_disk_is_no_candidates_fault(kernel, tmp_path, monkeypatch):
