@@ -266,7 +266,9 @@ def prune(arguments: argparse.Namespace) -> None:
             dropped = all_ - len(kept)
             if (dropped or bad) and not arguments.dry_run:
                 store.write(replace(directory, records=tuple(kept)), directory.path)
-            aside = f", {bad} lines set aside in *{store.DAMAGED}" if bad else ""
+            aside = (
+                f", {bad} line{'s' if bad > 1 else ''} set aside in *{store.DAMAGED}" if bad else ""
+            )
             print(f"{dropped} of {all_} records dropped, {len(kept)} kept{aside}: {directory.path}")
 
 

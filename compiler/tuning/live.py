@@ -20,11 +20,18 @@ def row(progress: Progress) -> list[str]:
         progress.task.op.name,
         progress.task.shape,
         f"{100 * progress.share:.0f} %" if progress.share else "",
-        "" if progress.allotted is None else f"{progress.trials}/{progress.allotted}",
+        trials(progress),
         best(progress),
         gain(progress),
         progress.state + (f", {progress.failed} failed" if progress.failed else ""),
     ]
+
+
+def trials(progress: Progress) -> str:
+    """Made and to be made; a session that goes on may have had more than this one allots."""
+    if progress.allotted is None:
+        return ""
+    return f"{progress.trials}/{max(progress.trials, progress.allotted)}"
 
 
 def gain(progress: Progress) -> str:
