@@ -174,3 +174,9 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_an_unknown_quantization_mode_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"quantization_mode 'half' is unknown"):
         TINY.save(tmp_path, "half")
+
+
+def test_a_config_that_cannot_be_used_is_named_by_its_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 3}')
+    with pytest.raises(ConfigError, match=f"model_type None is unknown.*{tmp_path}/config.json"):
+        ModelConfig.load(tmp_path)

@@ -21,13 +21,14 @@ from compiler.kernels import Choice, KernelTable
 from compiler.ops import OPS
 from compiler.signature import Match
 from compiler.toolchain import find_linker
-from compiler.tuning import page, report, session, space, store
+from compiler.tuning import live, page, report, session, space, store
 from compiler.tuning.candidates import Builder
 from compiler.tuning.lookup import Lookup
 from compiler.tuning.machine import Machine
 from compiler.tuning.pool import NotStarted, Rpc, RunError, Worker, count_servers
 from compiler.tuning.runners import Runners
 from compiler.tuning.tasks import Task
+from compiler.tuning.under_way import Progress
 from schedules.int8_matmul import generic
 from schedules.targets import TARGETS
 
@@ -423,6 +424,16 @@ def test_nothing_is_chosen_of_a_kernel_without_trials(kernel, tmp_path, monkeypa
     by_state = {progress.state: progress for progress in running.progress}
     assert by_state["done"].trials == 1 and by_state["not tried"].chosen is None
     assert len({record.key for record in store.read(running.records).records}) == 1
+
+
+def test_trials_as_the_table_shows_them():
+    """Open until they are shared out; a session that goes on may have had more than it allots."""
+    progress = Progress(make_task())
+    assert live.row(progress)[2:4] == ["", ""]
+    progress.trials, progress.allotted, progress.share = 8, 4, 0.3
+    assert live.row(progress)[2:4] == ["30 %", "8/8"]
+    progress.allotted = 9
+    assert live.row(progress)[3] == "8/9"
 
 
 def test_full_disk_is_no_candidates_fault(kernel, tmp_path, monkeypatch):
