@@ -17,8 +17,8 @@ from compiler.passes.capture_decode import capture_decode
 from compiler.passes.drop_checks import drop_checks
 from compiler.passes.drop_unread_lists import drop_unread_lists
 from compiler.passes.dump_ir import dump_ir
-from compiler.passes.fuse_gate_up import fuse_gate_up
 from compiler.passes.fuse_one_row import fuse_one_row
+from compiler.passes.fuse_prompts import fuse_prompts
 from compiler.passes.launch_early import launch_early
 from compiler.passes.pack_weights import pack_weights
 from compiler.passes.probe_sparsity import probe_sparsity
@@ -49,7 +49,7 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         specialize_one_row,
         fuse_one_row,
         drop_unread_lists,
-        fuse_gate_up,
+        fuse_prompts,
         add_sampler,
         transform.DeadCodeElimination(),
         *dump("1-specialized"),

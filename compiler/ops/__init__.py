@@ -17,6 +17,7 @@ from compiler.ops.rms_norm_mask import rms_norm_mask_int8
 from compiler.ops.rms_norm_topk import rms_norm_topk_int8
 from compiler.ops.rope import rope
 from compiler.ops.rope_attention import rope_attention
+from compiler.ops.rope_matmul import rope_matmul
 from compiler.ops.sparse_ternary_matmul import sparse_ternary_matmul
 from compiler.ops.ternary_glu_matmul import ternary_glu_matmul
 from compiler.ops.ternary_matmul import ternary_matmul
@@ -45,6 +46,7 @@ OPS: dict[str, OpDef] = {
         norm_glu_matmul,
         norm_residual_matmul,
         glu_matmul,
+        rope_matmul,
         rope_attention,
         rms_norm_mask_int8,
         ternary_residual_matmul,

@@ -1,4 +1,4 @@
-"""glu_matmul: the gate and the up projection of a prompt's GLU at once; FuseGateUp makes it.
+"""glu_matmul: the gate and the up projection of a prompt's GLU at once; FusePrompts makes it.
 
     g[m, n] = max((sum_k q[m, k] gate[n, k]) * (scale[m] * gate_scale[n]), 0)
     y[m, n] = (g * g) * ((sum_k q[m, k] w[n, k]) * (scale[m] * w_scale[n]))      sums exact, int32

@@ -1,6 +1,6 @@
 """glu_matmul on Hopper: gate and up of a prompt in one GEMM, ternary_matmul/sm90.py's.
 
-    for n0, m0 in N/64, M/T:                   blockIdx.z, blockIdx.y
+    for m0, n0 in M/T, N/64:                   blockIdx.y, blockIdx.x
         acc[2][64, T] = w . x                  one of two warpgroups the gate's rows, the other up's
         acc -> shared memory                   where the stages were
         g = max(acc[0] * gate scales, 0)       each warpgroup for half of the tokens
@@ -35,31 +35,31 @@ def finish(block: Block, scale, gate_scale, w_scale, out) -> None:
     block.outputs = [T.bind(block.n0 + block.row + block.lane // 4 + 8 * i) for i in range(2)]
     block.last = form.shape.n - 1
     gate_scales, weight_scales = block.own(gate_scale), block.own(w_scale)
+    each, half = form.tokens // 8 // halves, T.bind(block.t // (form.threads // halves))
+    row_scales = block.of_tokens(scale, "float32", half * each, each)
     own, pitch = block.put_sums()
     cuda.sync()
-    first = own - T.cast(block.t // (form.threads // 2) * (8 * form.threads), "uint32")
+    first = own - T.cast(half * (8 * form.threads), "uint32")
     sums = [cuda.local("uint32", 4) for _ in range(2)]
-    each = form.tokens // 8 // halves
     with cuda.unrolled(each) as step:
-        j = T.bind(block.t // (form.threads // 2) * each + step)
+        j = T.bind(half * each + step)
         at = T.bind(first + T.cast(j * pitch, "uint32"))
         for matrix, words in enumerate(sums):
             four = [words[i] for i in range(4)]
             source = at + T.uint32(matrix * 8 * form.threads)
             cuda.ptx("ld.shared.v4.b32", *four, source)
         for i in range(2):
-            m = T.bind(block.m0 + 8 * j + block.lane % 4 * 2 + i)
-            row_scale = T.bind(scale[T.min(m, block.rows - 1)])
-            for half, n in enumerate(block.outputs):
-                gate, up = (exact(words[2 * half + i]) for words in sums)
-                gate = T.bind(plain.value(gate, row_scale * gate_scales[half], None))
-                value = T.bind(glu.value(up, row_scale * weight_scales[half], gate))
+            m, row_scale = T.bind(block.token(j, i)), row_scales[2 * step + i]
+            for row, n in enumerate(block.outputs):
+                gate, up = (exact(words[2 * row + i]) for words in sums)
+                gate = T.bind(plain.value(gate, row_scale * gate_scales[row], None))
+                value = T.bind(glu.value(up, row_scale * weight_scales[row], gate))
                 with cuda.when(cuda.both(m < block.rows, n <= block.last)):
                     cuda.store(out, value, m, n)
 
 
 def launch(form: Form, rows, q, scale, gate, gate_scale, w, w_scale, out) -> None:
-    with cuda.blocks(T.ceildiv(rows, form.tokens), "y") as c, cuda.blocks(form.columns, "z") as b:
+    with cuda.blocks(form.columns) as b, cuda.blocks(T.ceildiv(rows, form.tokens), "y") as c:
         with cuda.threads(form.threads) as t, cuda.min_blocks(form.blocks):
             block = Block(form, q, (gate, w), rows, T.int32(0), b, c, t)
             block.multiply()

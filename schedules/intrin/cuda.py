@@ -195,11 +195,15 @@ class Scratch:
 
     def reduce(self, value: Expr, op: str) -> Expr:
         """sum or max (of what is not negative) over the block's threads."""
-        partial = warp_reduce(value, op)
+        return self.reduce_by(lambda value: warp_reduce(value, op), value)
+
+    def reduce_by(self, of_warp: Callable[[Expr], Expr], value: Expr) -> Expr:
+        """The same by what makes one number of a warp's, of which 0 is neutral."""
+        partial = of_warp(value)
         if self.warps == 1:
             return partial
         zero = T.cast(0, str(partial.ty.dtype))
-        return warp_reduce(self.of_lane(self.share(partial), zero), op)
+        return of_warp(self.of_lane(self.share(partial), zero))
 
     def scan(self, value: Expr) -> tuple[Expr, Expr]:
         """(sum of the int32 values of earlier threads, sum of all)."""

@@ -1,7 +1,7 @@
 """rms_norm, alone or with a quantizer behind it, on CUDA: a block a row, the row in registers.
 
-    for m in M:                          blockIdx.x
-        x[P], gain[P] = row              threadIdx.x: a run of P neighbouring columns each, 16 bytes
+    for m in M:                          blockIdx.x, the last row first
+        x[P], gain[P] = row              threadIdx.x: P columns each, every T-th quad, 16 bytes
         rstd = 1 / sqrt(sum / K + eps)   float64, one barrier
         stat = mean or max of |h|        one barrier; h = (x * rstd) * gain, two float32 products
         q[P] = quantize(h)
@@ -9,6 +9,8 @@
     tile | value                             | bound by
     P    | least multiple of 4 in which 512  | barriers, which cost more the more threads wait:
          | threads hold the row              | 4 up to K = 2048, 8 to 4096
+
+Last rows first: a prompt's GEMM writes them last, so that L2 has them still.
 
 nvcc contracts a product into a sum only in the float64 sums of squares, where the product is exact.
 """
@@ -22,19 +24,23 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Var
 
 from schedules.intrin import cuda
+from schedules.intrin.lanes_cuda import max_float32, sum_float64
 from schedules.rms_norm.generic import QUANTIZERS, SMALLEST_STAT, write_mean
 from schedules.targets import GpuTarget
 
 VECTOR = 4  # float32 of one 16-byte load
-MAX_THREADS = 512
+MAX_THREADS = 256
 
 
 @dataclass(frozen=True)
 class Row:
-    """Row m of K columns spread over a block's threads, `run` neighbours each."""
+    """Row m of K columns spread over a block's threads, `run` each: every T-th quad, so that a
+    warp's loads are whole lines; or, `in_runs`, neighbours.
+    """
 
     k: int
     eps: float
+    in_runs: bool = False
 
     @property
     def run(self) -> int:
@@ -44,13 +50,16 @@ class Row:
     def threads(self) -> int:
         return -(-self.k // (self.run * cuda.WARP)) * cuda.WARP
 
-    def first(self, t: Expr) -> Expr:
-        return t * self.run
+    def column(self, t: Expr, i: int) -> Expr:
+        """The thread's i-th; past K if it has fewer."""
+        if self.in_runs:
+            return t * self.run + i
+        return (i // VECTOR * self.threads + t) * VECTOR + i % VECTOR
 
     def each(self, t: Expr, body: Callable[[Expr, Expr], None]) -> None:
         """body(i, column) for the thread's columns, those past K left out."""
         for i in range(self.run):
-            column = self.first(t) + i
+            column = self.column(t, i)
             if self.threads * self.run == self.k:
                 body(i, column)
             else:
@@ -66,8 +75,9 @@ class Row:
             self.each(t, lambda i, column: cuda.store(values, source(column), i))
             return values
         for i in range(0, self.run, VECTOR):
-            with cuda.when(self.first(t) + i < self.k), T.vectorized(VECTOR) as v:
-                cuda.store(values, source(self.first(t) + i + v), i + v)
+            column = self.column(t, i)
+            with cuda.when(column < self.k), T.vectorized(VECTOR) as v:
+                cuda.store(values, source(column + v), i + v)
         return values
 
     def store(self, out: Callable[[Expr, Expr], None], values: Any, t: Expr) -> None:
@@ -76,8 +86,9 @@ class Row:
             self.each(t, lambda i, column: out(column, values[i]))
             return
         for i in range(0, self.run, VECTOR):
-            with cuda.when(self.first(t) + i < self.k), T.vectorized(VECTOR) as v:
-                out(self.first(t) + i + v, values[i + v])
+            column = self.column(t, i)
+            with cuda.when(column < self.k), T.vectorized(VECTOR) as v:
+                out(column + v, values[i + v])
 
     def normed(self, x: Any, gain: Any, m: Expr, t: Expr, scratch: cuda.Scratch) -> Any:
         """The thread's columns of h = (x * rstd) * gain; zeros past K."""
@@ -87,7 +98,7 @@ class Row:
         for i in range(self.run):
             wide = T.cast(h[i], "float64")
             squares = squares + wide * wide
-        total = scratch.reduce(squares, "sum")
+        total = scratch.reduce_by(sum_float64, squares)
         rms = T.sqrt(total / T.float64(self.k) + T.float64(self.eps))
         rstd = T.bind(T.cast(T.float64(1) / rms, "float32"))
         for i in range(self.run):
@@ -98,14 +109,14 @@ class Row:
         total = T.float64(0)
         for i in range(self.run):
             total = total + T.cast(T.abs(h[i]), "float64")
-        total = scratch.reduce(total, "sum")
+        total = scratch.reduce_by(sum_float64, total)
         return T.cast(total / T.float64(self.k), "float32")
 
     def max_abs(self, h: Any, scratch: cuda.Scratch) -> Expr:
         peak = T.float32(0)
         for i in range(self.run):
             peak = T.max(peak, T.abs(h[i]))
-        return scratch.reduce(peak, "max")
+        return scratch.reduce_by(max_float32, peak)
 
 
 def kernel(quantizer: str | None, k: int, eps: float, target: GpuTarget) -> PrimFunc:
@@ -141,9 +152,9 @@ def kernel(quantizer: str | None, k: int, eps: float, target: GpuTarget) -> Prim
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         with T.sblock("root"):
             with cuda.some_rows(rows):
-                with cuda.blocks(rows) as m:
+                with cuda.blocks(rows) as b:
                     with cuda.threads(row.threads) as t:
-                        quantize_row(x, gain, q, scale, m, t)
+                        quantize_row(x, gain, q, scale, T.bind(rows - 1 - b), t)
 
     return rms_norm
 

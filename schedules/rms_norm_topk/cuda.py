@@ -1,7 +1,7 @@
 """rms_norm_topk_int8 on CUDA: a block a row, the row in registers from the norm to the list.
 
     for m in M:                              blockIdx.x
-        h[P] = (x[m, :] * rstd) * gain       threadIdx.x: a run of P neighbouring columns each
+        h[P] = (x[m, :] * rstd) * gain       threadIdx.x: P columns each; neighbours, where listed
         h = 0 but for the k largest          histogram_cuda.py
         q[m, :] = quantize(h)                gamma is of all of the row
         index[m, :] = columns of q != 0      a scan: runs are neighbours, so the list rises
@@ -47,7 +47,7 @@ def kernel(k: int, keep: int, eps: float, target: GpuTarget, is_listed: bool = T
     if not 1 <= keep <= k:
         raise ValueError(f"rms_norm_topk: keep {keep} asked, rows have {k} columns")
     assert k < 1 << COUNT_BITS, f"rms_norm_topk: {k} columns, counts have {COUNT_BITS} bits"
-    row = Row(k, eps)
+    row = Row(k, eps, in_runs=is_listed or not fits(k, target))  # lists and scans rise
     rows = Var("M", "int64")
 
     def quantize_row(x, gain, q, scale, index, count, m, t):
@@ -56,7 +56,7 @@ def kernel(k: int, keep: int, eps: float, target: GpuTarget, is_listed: bool = T
         h = row.normed(x, gain, m, t, scratch)
         gamma = T.bind(T.max(row.max_abs(h, scratch), T.float32(SMALLEST_STAT)))
         if selection:
-            selection.mask(h, [row.first(t) + i for i in range(row.run)], gamma)
+            selection.mask(h, [row.column(t, i) for i in range(row.run)], gamma)
         factor = T.bind(int8_factor(gamma))
         codes = cuda.local("int8", row.run)
         for i in range(row.run):
@@ -96,7 +96,7 @@ def kernel(k: int, keep: int, eps: float, target: GpuTarget, is_listed: bool = T
 def selection_of(row: Row, keep: int, t, target: GpuTarget) -> Selection | None:
     """None where all columns are kept, or a list of all does not fit."""
     size = size_of(row.k)
-    if keep == row.k or size + STATIC_BYTES > target.shared_bytes:
+    if keep == row.k or not fits(row.k, target):
         return None
     is_small = size + STATIC_BYTES <= SMALL_BYTES
     memory = cuda.shared_bytes(size if is_small else max(size, SMALL_BYTES + 16))
@@ -106,11 +106,16 @@ def selection_of(row: Row, keep: int, t, target: GpuTarget) -> Selection | None:
     return selection
 
 
+def fits(k: int, target: GpuTarget) -> bool:
+    """A list of all columns, in shared memory."""
+    return size_of(k) + STATIC_BYTES <= target.shared_bytes
+
+
 def mask(codes, h, row: Row, keep: int, gamma, t, scratch: cuda.Scratch) -> None:
     """codes = 0 but for the `keep` largest |h|; ties at the threshold go to the lower index."""
     bits = cuda.local("int32", row.run)
     for i in range(row.run):  # columns past K reach no bound
-        is_column = row.first(t) + i < row.k
+        is_column = row.column(t, i) < row.k
         cuda.store(bits, T.Select(is_column, magnitude(h[i]), T.int32(-1)), i)
     low, high, surplus = (cuda.local("int32", 1) for _ in range(3))
     cuda.store(low, T.int32(0), 0)
@@ -168,7 +173,7 @@ def list_nonzero(codes, row: Row, index, count, m, t, scratch: cuda.Scratch) -> 
     cuda.store(at, before, 0)
     for i in range(row.run):
         with cuda.when(codes[i] != T.int8(0)):
-            cuda.store(index, row.first(t) + i, m, at[0])
+            cuda.store(index, row.column(t, i), m, at[0])
             cuda.store(at, at[0] + 1, 0)
     with cuda.when(t == 0):
         cuda.store(count, total, m)

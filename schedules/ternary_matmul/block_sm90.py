@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -20,12 +21,14 @@ def exact(acc: Expr) -> Expr:
 class Block:
     """Emits a block's work: rows n0 = 64 G b on, tokens m0 = T c on.
 
-    Of two matrices the first half of the threads has the first one's rows, the others the same rows
-    of the second one; n0 is 32 G b.
+    `extra`, what an epilogue reads besides, comes into stages that have no chunk left, if they can
+    hold it. Of two matrices the first half of the threads has the first one's rows, the others the
+    same rows of the second one; n0 is 32 G b.
     """
 
-    def __init__(self, form: Form, q, weights: Sequence[Any], rows, rank, b, c, t):
+    def __init__(self, form: Form, q, weights: Sequence[Any], rows, rank, b, c, t, extra=None):
         self.form, self.q, self.weights, self.rows = form, q, weights, rows
+        self.extra: Any = extra if form.can_hold_extra else None
         self.rank, self.t = rank, t
         self.n0, self.m0 = T.bind(b * form.height), T.bind(c * form.tokens)
         self.lane = T.bind(t % cuda.WARP)
@@ -44,18 +47,24 @@ class Block:
         for i in range(form.tokens // 2):
             cuda.store(self.acc, T.uint32(0), i)
         for chunk in range(form.stages - 2):
-            self._copy(chunk)
+            self._copy(T.int32(chunk), chunk < form.steps)
         cuda.wait_for_copies(form.stages - 3)
         self._unpack(0, 0)
-        if form.steps > 1:
-            with T.serial(form.steps // 2) as pair:
-                for parity in range(2):
-                    self._step(2 * pair + parity, parity)
-        if form.steps % 2:
-            self._step(T.int32(form.steps - 1), 0)
+        free = 0 if self.extra is None else min(form.steps, form.stages - 2)
+        self._each_step(0, form.steps - free, True)
+        self._each_step(form.steps - free, free, False)
         cuda.ptx("wgmma.wait_group.sync.aligned", 0)
 
-    def _step(self, chunk: Expr, parity: int) -> None:
+    def _each_step(self, first: int, count: int, is_chunk: bool) -> None:
+        if count > 1:
+            with T.serial(count // 2) as pair:
+                for i in range(2):
+                    self._step(first + 2 * pair + i, (first + i) % 2, is_chunk)
+        if count % 2:
+            last = first + count - 1
+            self._step(T.int32(last), last % 2, is_chunk)
+
+    def _step(self, chunk: Expr, parity: int, is_chunk: bool) -> None:
         """Multiplies a chunk; meanwhile the next one is unpacked, and a later one on its way."""
         form = self.form
         cuda.wait_for_copies(form.stages - 4)  # the chunk and, for `_unpack`, the next one
@@ -67,7 +76,7 @@ class Block:
             self._wgmma(stage, parity, step)
         cuda.ptx("wgmma.commit_group.sync.aligned")
         cuda.ptx("wgmma.wait_group.sync.aligned", 1)
-        self._copy(chunk + form.stages - 2)  # where the chunk before the last one was
+        self._copy(chunk + form.stages - 2, is_chunk)  # where the chunk before the last one was
         self._unpack(chunk + 1, 1 - parity)
 
     def _stage(self, chunk: Expr | int) -> Expr:
@@ -98,13 +107,50 @@ class Block:
                 value = field(word, step % 2 * 2 + i // 2)
                 cuda.store(self.a, value, (parity * 4 + step) * FIELDS + i)
 
-    def _copy(self, chunk: Expr | int) -> None:
-        """Tokens and weights of a chunk to its stage; zeros past M and K.
+    def _copy(self, chunk: Expr, is_chunk: bool) -> None:
+        """A chunk to its stage; or, there, a share of what the epilogue reads."""
+        stage = self._stage(chunk)
+        if is_chunk or self.extra is None:
+            self._copy_chunk(stage, chunk)
+        else:
+            self._copy_extra(stage, chunk - self.form.steps)
+        cuda.commit_copies()
+
+    def _copy_extra(self, stage: Expr, share: Expr) -> None:
+        """A share of the tile's tokens of `extra`; zeros past M and N. The 16 bytes p of a token r
+        lie at p ^ r / 2 % 4 * 2, for the banks."""
+        form, n = self.form, self.form.shape.n
+        pieces = form.height // 4
+        piece = T.bind(self.t % pieces)
+        column = T.bind(self.n0 + piece * 4)
+        for i in range(form.extra_tokens * pieces // form.threads):
+            row = T.bind(i * (form.threads // pieces) + self.t // pieces)
+            token = T.bind(share * form.extra_tokens + row)
+            m = self.m0 + token
+            place = T.bitwise_xor(piece, row // 2 % 4 * 2) * 16
+            source = self.extra[T.min(m, self.rows - 1), T.min(column, n - 4)]
+            is_inside = tirx.all(token < form.tokens, m < self.rows, column < n)
+            to = stage + T.cast(row * (4 * form.height) + place, "uint32")
+            cuda.copy_16_bytes(to, T.address_of(source), T.Select(is_inside, 16, 0))
+
+    def _load_extra(self, j: Expr, i: int, half: int) -> Expr:
+        """Of token 8 j + 2 (lane % 4) + i and the thread's first or second output."""
+        form, value = self.form, cuda.local("float32", 1)
+        groups = form.extra_tokens // 8  # of a stage
+        token = j % groups * 8 + self.lane % 4 * 2 + i
+        output = self.row + self.lane // 4 + 8 * half
+        piece = T.bitwise_xor(output // 4, self.lane % 4 * 2)
+        at = token * (4 * form.height) + piece * 16 + output % 4 * 4
+        stage = self._stage(T.bind(form.steps + j // groups))
+        cuda.ptx("ld.shared.f32", value[0], stage + T.cast(at, "uint32"))
+        return value[0]
+
+    def _copy_chunk(self, stage: Expr, chunk: Expr) -> None:
+        """Tokens and weights of a chunk; zeros past M and K.
 
         The 16 bytes p of a token r lie at p ^ r % 8.
         """
         form, k = self.form, self.form.shape.k
-        stage = self._stage(chunk)
         chunk = T.bind(chunk * form.ranks + self.rank)
         at = T.min(chunk, form.shape.chunks - 1)
         self._copy_weights(self._own_words(stage), at)
@@ -118,7 +164,6 @@ class Block:
             source = self.q[T.min(m, self.rows - 1), T.min(column, k - 16)]
             valid = T.Select(cuda.both(column < k, m < self.rows), 16, 0)
             cuda.copy_16_bytes(to, T.address_of(source), valid)
-        cuda.commit_copies()
 
     def _copy_weights(self, to: Expr, chunk: Expr) -> None:
         own = [T.address_of(w[self.tile, chunk, self.lane * 16]) for w in self.weights]
@@ -139,6 +184,9 @@ class Block:
         if self.form.ranks > 1:
             self._finish_share(end, tensors)
             return
+        if self.extra is not None:
+            cuda.wait_for_copies()
+            cuda.sync()
         with cuda.unrolled(self.form.tokens // 8) as j:
             self._write(end, j, [self.acc[4 * j + i] for i in range(4)], tensors)
 
@@ -167,6 +215,20 @@ class Block:
         """Of the thread's outputs."""
         return [T.bind(w_scale[T.min(n, self.last)]) for n in self.outputs]
 
+    def of_tokens(self, values, dtype: str, first: Expr, count: int) -> Any:
+        """Of the thread's tokens of `count` groups from group `first` on, two of each: all loads at
+        once, before what follows waits for shared memory."""
+        own = cuda.local(dtype, 2 * count)
+        with cuda.unrolled(count) as step:
+            for i in range(2):
+                m = self.token(first + step, i)
+                cuda.store(own, T.cast(values[T.min(m, self.rows - 1)], dtype), 2 * step + i)
+        return own
+
+    def token(self, j: Expr, i: int) -> Expr:
+        """The row of M of a thread's sums 4 j + i and 4 j + 2 + i."""
+        return self.m0 + 8 * j + self.lane % 4 * 2 + i
+
     def put_sums(self) -> tuple[Expr, int]:
         """All of a thread's sums where the stages were: where the first four are, how far others.
 
@@ -184,11 +246,15 @@ class Block:
         """Loads are of the nearest element inside, so that none waits for a condition."""
         scale, weight_scales, extra, out = tensors
         for i in range(2):
-            m = T.bind(self.m0 + 8 * j + self.lane % 4 * 2 + i)
+            m = T.bind(self.token(j, i))
             near = T.bind(T.min(m, self.rows - 1))
             for half, (n, weight_scale) in enumerate(zip(self.outputs, weight_scales, strict=True)):
                 acc = exact(sums[2 * half + i])
-                other = T.bind(extra[near, T.min(n, self.last)]) if end.extra else None
+                other = None
+                if self.extra is not None:
+                    other = self._load_extra(j, i, half)
+                elif end.extra:
+                    other = T.bind(extra[near, T.min(n, self.last)])
                 value = T.bind(end.value(acc, scale[near] * weight_scale, other))
                 with cuda.when(cuda.both(m < self.rows, n <= self.last)):
                     cuda.store(out, value, m, n)

@@ -1,25 +1,31 @@
-"""ternary_matmul of 2 to 16 tokens on Hopper: weights and tokens to shared memory by bulk copies.
+"""ternary_matmul of 2 to 16 tokens on Hopper: a cluster of blocks shares out K of some tiles.
 
-    for tiles of b: N/16 shared out evenly           blockIdx.x: a block a multiprocessor
-        for stage in K/(128 W):                      B of them on their way, a barrier each
-            w[P, W], x[T, 128 W] -> shared           a copy a tile and a token
-            for warp in V W:                         threadIdx.y: R tiles, a chunk of the stage
+    for tiles of c: N/16 shared out evenly           blockIdx.y
+        for rank in S: K/(128 S) chunks              blockIdx.x: the blocks of a cluster
+            w[P, C] -> shared                        a bulk copy a tile, before the wait
+            x[T, 128 C] -> shared                    cp.async, after it
+            for warp in V W:                         threadIdx.y: R tiles, every W-th chunk
                 b = ldmatrix(x)                      8 registers for 8 tokens
                 acc[R, T/8] += (w << 6 - 2i & 0xC0) . b      mma m16n8k32, i in 4
-        out[T, 16 P] = epilogue(sum of acc over W warps / 64)    shared memory
+            sums over W warps -> inboxes             shared memory, then st.async
+            out[T, 16 P / S] = epilogue(sum of S shares / 64)
 
-    tile | value                         | bound by
-    T    | 8 or 16                       | the product's columns
-    P    | what a multiprocessor has     | every tile of a block shares its tokens
-    R    | 2                             | b is read once for two tiles
-    W, V | 16 warps, few of them idle    | two launches side by side: half its registers each
-    B    | two or more, as many as fit   | the same: half its shared memory
+    tile | value                       | bound by
+    T    | 8 or 16                     | the product's columns
+    S    | 1, 2 or 4                   | a block's tokens, 32 KB: read from L2 by every cluster
+    P    | what S multiprocessors have | half of their shared memory: two launches side by side
+    R    | 2                           | b is read once for two tiles
+    V, W | 16 warps, few of them idle  | the same: half of the registers
 
-Weights do not depend on the launch before: the first B stages of them are asked for before it has
-ended. A code in the top bits of a byte is 64 w: |acc| < 2^13 K, int32 for K < 2^18.
+Weights and their scales do not depend on the launch before: all are asked for before it has ended.
+A block sends each other one of its cluster its share of that one's outputs, and waits for what it
+adds up itself: inboxes are open before the launch before has ended; one block alone adds up its
+warps' sums. A code in the top bits of a byte is 64 w:
+|acc| < 2^13 K, int32 for K < 2^18.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -28,273 +34,235 @@ from tvm.script import tirx as T
 from schedules.epilogue import Epilogue
 from schedules.intrin import bulk_sm90 as bulk
 from schedules.intrin import cuda
-from schedules.targets import GpuTarget
-from schedules.ternary_matmul.cuda import (
-    CHUNK,
-    CHUNK_BYTES,
-    FIELDS,
-    TILE,
-    WEIGHT_BITS,
-    Shape,
-    field,
-)
+from schedules.ternary_matmul.cuda import CHUNK, CHUNK_BYTES, FIELDS, TILE, WEIGHT_BITS, field
+from schedules.ternary_matmul.few_form_sm90 import PIECE, Form
 
-GROUP = 8  # tokens of a product
-MAX_WARPS = 16
-MOST_TILES = 16  # of a block
-ALIGN = 128
-GAP = 16  # bytes between rows of tokens, 4 words between rows of sums: for the banks
+QUAD = 4  # sums of a message
+MOST_LATE = 2  # registers of the epilogue's own inputs while sums are made
 
 
-@dataclass(frozen=True)
-class Form:
-    """How tiles and columns are shared out, and what lies where in shared memory."""
+def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) -> None:
+    share = cuda.cluster(form.ranks) if form.ranks > 1 else cuda.blocks(1)
+    with share as rank, cuda.blocks(form.clusters, "y") as c:
+        threads = cuda.threads(form.block_warps, "y"), cuda.threads(cuda.WARP)
+        with threads[0] as warp, threads[1] as lane, cuda.min_blocks(2):
+            block = Block(form, rows, rank, c, warp, lane)
+            block.ask(w)
+            block.ask_scales(w_scale)
+            if form.ranks > 1:
+                cuda.sync_cluster()  # inboxes are open
+            cuda.wait_for_launch()
+            cuda.let_next_launch()
+            block.ask_tokens(q, scale)
+            cuda.commit_copies()
+            late = block.load(extra) if end.extra and form.steps <= MOST_LATE else None
+            cuda.wait_for_copies()
+            cuda.sync()
+            block.multiply()
+            if end.extra and late is None:
+                late = block.load(extra)
+            if form.ranks > 1:
+                block.send()
 
-    shape: Shape
-    tokens: int  # T
-    blocks: int
-    room: int  # bytes of shared memory for the stages
+            def finish(step: int, m: Expr, n: Expr, acc: Expr, s: Expr) -> None:
+                other = late[step] if late is not None else None
+                cuda.store(out, end.value(acc, s, other), m, n)
 
-    @property
-    def tiles(self) -> int:
-        """P, at most."""
-        return -(-self.shape.tiles // self.blocks)
-
-    @property
-    def together(self) -> int:
-        """R"""
-        return min(2, self.tiles)
-
-    @property
-    def across(self) -> int:
-        """V"""
-        return -(-self.tiles // self.together)
-
-    @property
-    def stages(self) -> int:
-        return -(-self.shape.chunks // (MAX_WARPS // self.across))
-
-    @property
-    def warps(self) -> int:
-        """W: chunks of a stage. Two at least: the number of an only one would be a constant."""
-        return max(2, -(-self.shape.chunks // self.stages))
-
-    @property
-    def block_warps(self) -> int:
-        return self.across * self.warps
-
-    @property
-    def groups(self) -> int:
-        return self.tokens // GROUP
-
-    @property
-    def columns(self) -> int:
-        """Of a stage."""
-        return self.warps * CHUNK
-
-    @property
-    def pitch(self) -> int:
-        return self.columns + GAP
-
-    @property
-    def weights_bytes(self) -> int:
-        """Of a stage, before its tokens."""
-        return self.tiles * self.warps * CHUNK_BYTES
-
-    @property
-    def stage_bytes(self) -> int:
-        return -(-(self.weights_bytes + self.tokens * self.pitch) // ALIGN) * ALIGN
-
-    @property
-    def buffers(self) -> int:
-        """B"""
-        return min(self.stages, max(2, self.room // self.stage_bytes))
-
-    @property
-    def sums_pitch(self) -> int:
-        """Bytes from one token's sums to the next's."""
-        return 4 * self.tiles_height + GAP
-
-    @property
-    def tiles_height(self) -> int:
-        """Rows of all warps' tiles."""
-        return self.across * self.together * TILE
-
-    @property
-    def barriers(self) -> int:
-        sums = self.warps * self.tokens * self.sums_pitch
-        return -(-max(self.buffers * self.stage_bytes, sums) // ALIGN) * ALIGN
-
-    @property
-    def shared_bytes(self) -> int:
-        return self.barriers + self.buffers * bulk.BARRIER_BYTES
-
-    def launch(self, rows, end: Epilogue, q, scale, w, w_scale, extra, out) -> None:
-        with cuda.blocks(self.blocks) as b:
-            threads = cuda.threads(self.block_warps, "y"), cuda.threads(cuda.WARP)
-            with threads[0] as warp, threads[1] as lane, cuda.min_blocks(2):
-                block = Block(self, q, w, rows, b, warp, lane)
-                block.start()
-                block.accumulate()
-                block.share()
-                block.finish(end, scale, w_scale, extra, out)
-
-
-def form_of(shape: Shape, tokens: int, target: GpuTarget) -> Form:
-    blocks = min(target.num_multiprocessors, shape.tiles)
-    blocks *= -(-shape.tiles // (blocks * MOST_TILES))
-    return Form(shape, tokens, blocks, target.shared_bytes // 2 - 2 * ALIGN)
+            block.receive(finish)
 
 
 class Block:
-    """Emits a block's work: `count` tiles from `tile` on."""
+    """Emits the work of a block: `chunks` from `chunk` on of the `count` tiles from `tile` on."""
 
-    def __init__(self, form: Form, q, w, rows, b, warp, lane):
-        self.form, self.q, self.w = form, q, w
+    def __init__(self, form: Form, rows, rank, c, warp, lane):
+        self.form, self.rank, self.warp, self.lane = form, rank, warp, lane
         self.rows = T.bind(T.cast(rows, "int32"))
-        self.warp, self.lane = warp, lane
         self.t = T.bind(warp * cuda.WARP + lane)
-        self.tile = T.bind(T.truncdiv(b * form.shape.tiles, form.blocks))
-        end = T.truncdiv((b + 1) * form.shape.tiles, form.blocks)
-        self.count = T.bind(T.max(end - self.tile, 1))
+        self.tile, self.count = self._share(c, form.shape.tiles, form.clusters)
+        self.chunk, self.chunks = self._share(rank, form.shape.chunks, form.ranks)
         self.base = cuda.shared_bytes(form.shared_bytes)
+        self.tokens = self.base + T.uint32(form.weights_bytes)
+        self.barriers = self.base + T.uint32(form.barriers)
+        self.inbox_barrier = self.barriers + T.uint32(form.across * bulk.BARRIER_BYTES)
+        self.scales = self.base + T.uint32(form.scales)
         self.acc = cuda.local("uint32", 4 * form.together * form.groups)
         self.weights = cuda.local("uint32", 4 * form.together)
         self.x = cuda.local("uint32", 8 * form.groups)
         for i in range(4 * form.together * form.groups):
             cuda.store(self.acc, T.uint32(0), i)
 
-    def _stage(self, stage: Expr | int) -> Expr:
-        if isinstance(stage, int):
-            return self.base + T.uint32(stage * self.form.stage_bytes)
-        return T.bind(self.base + cuda.offset(stage * self.form.stage_bytes))
+    @staticmethod
+    def _share(i: Expr, count: int, shares: int) -> tuple[Expr, Expr]:
+        """The first of share i and how many it has."""
+        first = T.bind(T.truncdiv(i * count, shares))
+        return first, T.bind(T.max(T.truncdiv((i + 1) * count, shares) - first, 1))
 
-    def _barrier(self, stage: Expr | int) -> Expr:
-        start = self.base + T.uint32(self.form.barriers)
-        if isinstance(stage, int):
-            return start + T.uint32(stage * bulk.BARRIER_BYTES)
-        return T.bind(start + cuda.offset(stage * bulk.BARRIER_BYTES))
+    def _barrier_of(self, v: Expr) -> Expr:
+        if self.form.across == 1:  # v is a constant, which `cuda.offset` cannot take
+            return self.barriers
+        return self.barriers + cuda.offset(v * bulk.BARRIER_BYTES)
 
-    def start(self) -> None:
-        """The first stages: weights at once, tokens after the launch before."""
-        form = self.form
-        with cuda.when(self.warp == 0):
-            for stage in range(form.buffers):
-                with cuda.when(self.lane == 0):
-                    bulk.make(self._barrier(stage))
-                self._ask_weights(stage, stage)
-        cuda.wait_for_launch()
-        cuda.let_next_launch()
-        with cuda.when(self.warp == 0):
-            for stage in range(form.buffers):
-                self._ask_tokens(stage, stage)
-        cuda.sync()  # the barriers are made
-
-    def _sizes(self, stage: Expr | int) -> tuple[Expr, Expr]:
-        """Bytes of a tile and of a token."""
-        form, least = self.form, min if isinstance(stage, int) else T.min
-        chunks = least(form.shape.chunks - stage * form.warps, form.warps)
-        columns = least(form.shape.k - stage * form.columns, form.columns)
-        if isinstance(stage, int):
-            return T.int32(chunks * CHUNK_BYTES), T.int32(columns)
-        return T.bind(chunks * CHUNK_BYTES), T.bind(columns)
-
-    def _ask_weights(self, stage: Expr | int, buffer: Expr | int) -> None:
-        """By one warp, which says how much is to come."""
-        form, barrier = self.form, self._barrier(buffer)
-        of_tile, of_token = self._sizes(stage)
-        with cuda.when(self.lane == 0):
-            bulk.expect(barrier, self.count * of_tile + self.rows * of_token)
-        T.evaluate(T.cuda.warp_sync())
-        with cuda.when(self.lane < self.count):
-            source = self.w[
-                T.min(self.tile + self.lane, form.shape.tiles - 1), stage * form.warps, 0
-            ]
-            to = self._stage(buffer) + cuda.offset(self.lane * (form.warps * CHUNK_BYTES))
-            bulk.copy(to, T.address_of(source), of_tile, barrier)
-
-    def _ask_tokens(self, stage: Expr | int, buffer: Expr | int) -> None:
-        form, (_, of_token) = self.form, self._sizes(stage)
-        with cuda.when(self.lane < self.rows):
-            source = self.q[self.lane, stage * form.columns]
-            to = self._stage(buffer) + T.uint32(form.weights_bytes)
-            own = cuda.offset(self.lane * form.pitch)
-            bulk.copy(to + own, T.address_of(source), of_token, self._barrier(buffer))
-
-    def accumulate(self) -> None:
-        form = self.form
-        chunk, v = T.bind(self.warp % form.warps), T.bind(self.warp // form.warps)
-        if form.stages == 1:
-            bulk.wait(self._barrier(0))
-            with cuda.when(chunk < form.shape.chunks):
-                self._multiply(self._stage(0), chunk, v)
-            return
-        repeats = form.buffers < form.stages
-        with T.serial(form.stages) as stage:
-            buffer = T.bind(stage % form.buffers)
-            bulk.wait(self._barrier(buffer), stage // form.buffers % 2 if repeats else 0)
-            with cuda.when(stage * form.warps + chunk < form.shape.chunks):
-                self._multiply(self._stage(buffer), chunk, v)
-            if repeats:
-                cuda.sync()  # the stage has been read
-                following = T.bind(stage + form.buffers)
-                with cuda.when(tirx.all(self.warp == 0, following < form.stages)):
-                    self._ask_weights(following, buffer)
-                    self._ask_tokens(following, buffer)
-
-    def _multiply(self, start: Expr, chunk: Expr, v: Expr) -> None:
+    def ask(self, w: Any) -> None:
+        """All of the block's weights, by a warp; how much is to come to the inbox, too."""
         form, lane = self.form, self.lane
-        tokens = start + T.uint32(form.weights_bytes) + cuda.offset(chunk * CHUNK)
+        of_tile = T.bind(self.chunks * CHUNK_BYTES)
+        with cuda.when(self.warp == 0):
+            with cuda.when(lane == 0):
+                for v in range(form.across):
+                    bulk.make(self.barriers + T.uint32(v * bulk.BARRIER_BYTES))
+                if form.ranks > 1:
+                    bulk.make(self.inbox_barrier)
+                    of_token = form.ranks * form.own_height * 4
+                    bulk.expect(self.inbox_barrier, self.rows * of_token)
+            T.evaluate(T.cuda.warp_sync())
+            with cuda.when(lane < form.across):
+                tiles = T.max(T.min(self.count - lane * form.together, form.together), 0)
+                bulk.expect(self._barrier_of(lane), tiles * of_tile)
+            with cuda.when(lane < self.count):
+                source = w[T.min(self.tile + lane, form.shape.tiles - 1), self.chunk, 0]
+                to = self.base + cuda.offset(lane * (form.chunks * CHUNK_BYTES))
+                barrier = self._barrier_of(lane // form.together)
+                bulk.copy(to, T.address_of(source), of_tile, barrier)
+
+    def ask_scales(self, w_scale: Any) -> None:
+        """Of the block's outputs."""
+        form = self.form
+        first = T.bind(self.tile * TILE + self.rank * form.own_height)
+        self._ask_floats(form.own_height, form.tokens, w_scale, first, form.shape.n)
+
+    def _ask_floats(self, count: int, to: int, source: Any, first: Expr | int, end: Expr | int):
+        """`count` of source[first:end] to place `to` of the scales."""
+        with cuda.strided(-(-count // QUAD), self.t, self.form.threads) as i:
+            at, left = T.bind(first + QUAD * i), self.scales + T.uint32(4 * to)
+            valid = T.bind(T.min(end - at, QUAD))
+            with cuda.when(valid > 0):
+                to_own = left + cuda.offset(i * PIECE)
+                cuda.copy_16_bytes(to_own, T.address_of(source[at]), valid * 4)
+
+    def ask_tokens(self, q: Any, scale: Any) -> None:
+        form, pieces = self.form, self.form.chunks * (CHUNK // PIECE)
+        self._ask_floats(form.tokens, 0, scale, 0, self.rows)
+        with cuda.strided(form.tokens * pieces, self.t, form.threads) as i:
+            m, column = T.bind(i // pieces), T.bind(i % pieces * PIECE)
+            k = T.bind(self.chunk * CHUNK + column)
+            inside = tirx.all(m < self.rows, column < self.chunks * CHUNK, k < form.shape.k)
+            with cuda.when(inside):
+                to = self.tokens + cuda.offset(m * form.pitch + column)
+                cuda.copy_16_bytes(to, T.address_of(q[m, k]))
+
+    def each_output(self, body: Callable[[int, Expr, Expr, Expr], None]) -> None:
+        """body(step, token, output, which of the block's sums) for those of this thread."""
+        form = self.form
+        for step in range(form.steps):
+            i = T.bind(self.t + step * form.threads)
+            m, row = T.bind(i // form.own_height), i % form.own_height
+            row = T.bind(self.rank * form.own_height + row)
+            n = T.bind(self.tile * TILE + row)
+            is_output = tirx.all(m < self.rows, row < self.count * TILE, n < form.shape.n)
+            with cuda.when(is_output):
+                body(step, m, n, i)
+
+    def load(self, extra: Any) -> Any:
+        """Of this thread's outputs."""
+        own = cuda.local("float32", self.form.steps)
+        self.each_output(lambda step, m, n, i: cuda.load_in_order(own, step, extra[m, n]))
+        return own
+
+    def multiply(self) -> None:
+        """Every warp's sums to shared memory, where weights and tokens were."""
+        form = self.form
+        v, w = T.bind(self.warp // form.warps), T.bind(self.warp % form.warps)
+        bulk.wait(self._barrier_of(v))
+        with T.serial(-(-form.chunks // form.warps)) as step:
+            chunk = T.bind(step * form.warps + w)
+            with cuda.when(chunk < self.chunks):
+                self._multiply(chunk, v)
+        cuda.sync()
+        first = T.bind(v * (form.together * TILE) + self.lane // 4)
+        for r in range(form.together):
+            for group in range(form.groups):
+                for i in range(4):
+                    token = 8 * group + self.lane % 4 * 2 + i % 2
+                    at = self._sums_of(w, token, first + r * TILE + i // 2 * 8)
+                    value = self.acc[4 * (r * form.groups + group) + i]
+                    cuda.ptx("st.shared.b32", at, value)
+        cuda.sync()
+
+    def _multiply(self, chunk: Expr, v: Expr) -> None:
+        form, lane = self.form, self.lane
+        matrix = lane // 8  # an operand's two halves, 64 columns apart, in neighbouring registers
+        column = chunk * CHUNK + matrix % 2 * 64 + matrix // 2 * 16
         for group in range(form.groups):
-            row = cuda.offset((8 * group + lane % 8) * form.pitch + lane // 8 * 16)
-            for half in range(2):
-                at = tokens + row + T.uint32(64 * half)
-                cuda.load_matrices(self.x, 8 * group + 4 * half, at)
+            at = T.bind((8 * group + lane % 8) * form.pitch + column)
+            for two in range(2):
+                there = self.tokens + cuda.offset(at + 32 * two)
+                cuda.load_matrices(self.x, 8 * group + 4 * two, there)
         for r in range(form.together):
             tile = v * form.together + r
-            at = start + cuda.offset((tile * form.warps + chunk) * CHUNK_BYTES + lane * 16)
+            at = self.base + cuda.offset((tile * form.chunks + chunk) * CHUNK_BYTES + lane * 16)
             four = [self.weights[4 * r + j] for j in range(4)]
             cuda.ptx("ld.shared.v4.b32", *four, at)
         for r in range(form.together):
             for i in range(FIELDS):
                 a = [T.bind(field(self.weights[4 * r + j], i)) for j in range(4)]
                 for group in range(form.groups):
-                    b = self.x[8 * group + i], self.x[8 * group + 4 + i]
+                    b = self.x[8 * group + 2 * i], self.x[8 * group + 2 * i + 1]
                     cuda.multiply(self.acc, 4 * (r * form.groups + group), a, b)
 
-    def _sums_of(self, chunk: Expr | int, token: Expr, row: Expr) -> Expr:
-        at = (chunk * self.form.tokens + token) * self.form.sums_pitch + row * 4
+    def _sums_of(self, w: Expr | int, token: Expr, row: Expr) -> Expr:
+        at = (w * self.form.tokens + token) * self.form.sums_pitch + row * 4
         return self.base + cuda.offset(at)
 
-    def share(self) -> None:
-        """Every warp's sums to shared memory, where the stages were."""
-        form = self.form
-        cuda.sync()
-        first = T.bind(self.warp // form.warps * (form.together * TILE) + self.lane // 4)
-        for r in range(form.together):
-            for group in range(form.groups):
-                for i in range(4):
-                    token = 8 * group + self.lane % 4 * 2 + i % 2
-                    at = self._sums_of(self.warp % form.warps, token, first + r * TILE + i // 2 * 8)
-                    value = self.acc[4 * (r * form.groups + group) + i]
-                    cuda.ptx("st.shared.b32", at, value)
-        cuda.sync()
+    def send(self) -> None:
+        """Four neighbouring outputs' sums over the warps, to the block that has these outputs."""
+        form, word, total = self.form, cuda.local("uint32", QUAD), cuda.local("uint32", QUAD)
+        quads, own = form.height // QUAD, form.own_height // QUAD
+        with cuda.strided(form.tokens * quads, self.t, form.threads) as i:
+            m, quad = T.bind(i // quads), T.bind(i % quads)
+            with cuda.when(m < self.rows):
+                at = self._sums_of(0, m, quad * QUAD)
+                cuda.ptx("ld.shared.v4.b32", *(total[j] for j in range(QUAD)), at)
+                for w in range(1, form.warps):
+                    at = self._sums_of(w, m, quad * QUAD)
+                    cuda.ptx("ld.shared.v4.b32", *(word[j] for j in range(QUAD)), at)
+                    for j in range(QUAD):
+                        cuda.store(total, total[j] + word[j], j)
+                at = self._inbox_of(self.rank, m * form.own_height + quad % own * QUAD)
+                self._push(T.bind(cuda.offset(quad // own)), at, total)
 
-    def finish(self, end: Epilogue, scale, w_scale, extra, out) -> None:
-        form, word, total = self.form, cuda.local("uint32", 1), cuda.local("int32", 1)
-        late = cuda.local("float32", 2)  # of the launch before
-        height = form.tiles * TILE
-        with cuda.strided(form.tokens * height, self.t, form.block_warps * cuda.WARP) as i:
-            m, row = T.bind(i // height), T.bind(i % height)
-            n = T.bind(self.tile * TILE + row)
-            is_output = tirx.all(m < self.rows, row < self.count * TILE, n < form.shape.n)
-            with cuda.when(is_output):
-                cuda.load_in_order(late, 0, scale[m])
-                if end.extra:
-                    cuda.load_in_order(late, 1, extra[m, n])
-                cuda.store(total, T.int32(0), 0)
-                for chunk in range(form.warps):
-                    cuda.ptx("ld.shared.b32", word[0], self._sums_of(chunk, m, row))
-                    cuda.store(total, total[0] + T.reinterpret("int32", word[0]), 0)
-                acc = T.cast(T.shift_right(total[0], WEIGHT_BITS), "float32")
-                cuda.store(out, end.value(acc, late[0] * w_scale[n], late[1]), m, n)
+    def _push(self, rank: Expr, at: Expr, words: Any) -> None:
+        there = cuda.local("uint32", 2)
+        for i, address in enumerate((at, self.inbox_barrier)):
+            cuda.ptx("mapa.shared::cluster.u32", there[i], address, rank)
+        push = "st_async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
+        cuda.ptx(push, there[0], *(words[j] for j in range(QUAD)), there[1])
+
+    def _inbox_of(self, rank: Expr | int, i: Expr) -> Expr:
+        """Where a rank's share of the block's sum i lies."""
+        form = self.form
+        at = (rank * (form.tokens * form.own_height) + i) * 4
+        return self.base + T.uint32(form.inbox) + cuda.offset(at)
+
+    def receive(self, finish: Callable[[int, Expr, Expr, Expr, Expr], None]) -> None:
+        """finish(step, token, output, float32 of its sum, its scale) for this thread's."""
+        form, word, total = self.form, cuda.local("uint32", 1), cuda.local("uint32", 1)
+        scale = cuda.local("float32", 2)
+        if form.ranks > 1:
+            bulk.wait(self.inbox_barrier)
+
+        def add(step: int, m: Expr, n: Expr, i: Expr) -> None:
+            if form.ranks > 1:
+                shares = [self._inbox_of(rank, i) for rank in range(form.ranks)]
+            else:
+                row = n - self.tile * TILE
+                shares = [self._sums_of(w, m, row) for w in range(form.warps)]
+            cuda.store(total, T.uint32(0), 0)
+            for share in shares:
+                cuda.ptx("ld.shared.b32", word[0], share)
+                cuda.store(total, total[0] + word[0], 0)
+            acc = T.shift_right(T.reinterpret("int32", total[0]), WEIGHT_BITS)
+            for j, place in enumerate((m, form.tokens + i % form.own_height)):
+                cuda.ptx("ld.shared.f32", scale[j], self.scales + cuda.offset(4 * place))
+            finish(step, m, n, T.cast(acc, "float32"), scale[0] * scale[1])
+
+        self.each_output(add)

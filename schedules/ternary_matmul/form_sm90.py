@@ -62,6 +62,17 @@ class Form:
         """Chunks of every rank; those past the end meet zeros."""
         return -(-self.shape.chunks // self.ranks)
 
+    @property
+    def extra_tokens(self) -> int:
+        """Of a stage that holds no chunk any more, but what the epilogue reads."""
+        return -(-self.tokens // (8 * (self.stages - 2))) * 8
+
+    @property
+    def can_hold_extra(self) -> bool:
+        """Rows that cp.async can copy, of a whole tile."""
+        fits = self.extra_tokens * 4 * self.height <= self.stage_bytes
+        return fits and self.ranks == 1 and self.shape.n % 4 == 0
+
     def time(self, of: Time) -> int:
         return of[0] + self.steps * of[1]
 

@@ -7,6 +7,7 @@ the forms of up to 16 tokens.
                 x[T, 128], w[64 G, 128] -> shared    cp.async; x under the 128-byte swizzle
                 a[16] = w << 6 - 2i & 0xC0           registers, while the last chunk multiplies
                 acc[64, T] += a . x                  4 wgmma m64nTk32 of each of G warpgroups
+            residual[T, 64 G] -> shared              with the last chunks, where stages are free
             out[T / C, 64 G] = epilogue(sum / 64)    over the ranks: their shared memory
 
     G | T   | S | C    | blocks a multiprocessor | taken, of N x K, for M
@@ -29,6 +30,8 @@ A code in the top bits of a byte is 64 w: |acc| < 2^13 K, int32 for K < 2^18.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -38,7 +41,7 @@ from schedules.epilogue import EPILOGUES, Epilogue
 from schedules.intrin import cuda
 from schedules.targets import GpuTarget
 from schedules.ternary_matmul import cuda as small_batch
-from schedules.ternary_matmul import few_tokens_sm90
+from schedules.ternary_matmul import few_form_sm90, few_tokens_sm90
 from schedules.ternary_matmul.block_sm90 import Block
 from schedules.ternary_matmul.cuda import CHUNK_BYTES, Shape
 from schedules.ternary_matmul.form_sm90 import Form, forms_of
@@ -54,7 +57,8 @@ def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) ->
     with share(form) as rank, cuda.blocks(tokens, "y") as c, cuda.blocks(form.columns, "z") as b:
         with cuda.threads(form.threads) as t, cuda.min_blocks(form.blocks):
             cuda.wait_for_launch()
-            block = Block(form, q, (w,), rows, rank, b, c, t)
+            early = extra if end.extra == "residual" else None  # prompts have no gate
+            block = Block(form, q, (w,), rows, rank, b, c, t, early)
             block.multiply()
             block.finish(end, scale, w_scale, extra, out)
 
@@ -86,26 +90,35 @@ def launch_rows(
     if shape.k % 16:  # rows that cp.async cannot copy
         small_batch.launch_small_batch(one, target, rows, end, *tensors, early=True)
         return
-    few = [few_tokens_sm90.form_of(shape, tokens, target) for tokens in (8, 16)]
+    few = [few_tokens(shape, tokens, target) for tokens in (8, 16)]
     with T.If(rows <= 16):
         with T.Then():
-            launch_few([one, *few], [1, 8], rows, end, *tensors)
+            launch_few([one.launch, *few], [1, 8], rows, end, *tensors)
         with T.Else():
             chip = target.num_multiprocessors
             launch_cheapest(forms, chip, rows, lambda form: launch(form, rows, end, *tensors))
 
 
-def launch_few(forms: Sequence, most: Sequence[int], rows, end: Epilogue, *tensors) -> None:
-    """The first form for this many rows: form i takes most[i], the last any."""
+def few_tokens(shape: Shape, tokens: int, target: GpuTarget) -> Callable[..., None]:
+    """Launches the form for up to this many tokens."""
+    if form := few_form_sm90.form_of(shape, tokens, target):
+        return partial(few_tokens_sm90.launch, form)
+    return replace(small_batch.some_tokens(shape, tokens, target), early=True).launch
+
+
+def launch_few(
+    launches: Sequence[Callable[..., None]], most: Sequence[int], rows, end: Epilogue, *tensors
+) -> None:
+    """The first for this many rows: launch i is for most[i], the last for any."""
     if not most:
-        forms[0].launch(rows, end, *tensors)
+        launches[0](rows, end, *tensors)
         return
     with T.If(rows <= most[0]):
         with T.Then():
             with cuda.some_rows(rows):
-                forms[0].launch(rows, end, *tensors)
+                launches[0](rows, end, *tensors)
         with T.Else():
-            launch_few(forms[1:], most[1:], rows, end, *tensors)
+            launch_few(launches[1:], most[1:], rows, end, *tensors)
 
 
 def prim_func(shape: Shape, end: Epilogue, emit: Callable[..., None]) -> PrimFunc:

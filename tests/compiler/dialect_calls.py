@@ -6,6 +6,7 @@ import tvm
 from tvm import relax, tirx
 
 from compiler.ops import OPS
+from schedules.layouts import LAYOUTS
 
 M, S, T, B = "m", "s", "t", "b"  # symbols
 HEADS, KV_HEADS, D = 4, 2, 8
@@ -130,6 +131,18 @@ CASES = {
         Case(
             "glu_matmul",
             QUANTIZED | {"gate": TILED["w"], "gate_scale": TILED["w_scale"]} | TILED,
+        ),
+        Case(
+            "rope_matmul",
+            {
+                **QUANTIZED,
+                "w": ("uint8", LAYOUTS["tiles_2bit"].packed_shape(WIDTH, 48)),
+                "w_scale": ("float32", (WIDTH,)),
+                "cos": TABLE,
+                "sin": TABLE,
+                "positions": ("int64", (M,)),
+            },
+            COUNTS,
         ),
         Case("norm_matmul", ROW | TILED, {"eps": 1e-5, "act_bits": 4}),
         Case(

@@ -1,0 +1,1 @@
+"""rope_matmul: a prompt's projection of queries, keys and values, heads turned."""
