@@ -38,8 +38,8 @@ def check(heads, k, m, target):
     )
     out = np.full((m, width), np.nan, np.float32)
     args = q, scale, LAYOUT.pack(w), w_scale, cos, sin, positions, out
-    found = built(heads, k, target.name)(*args)[-1].reshape(m, -1, dim)
-    qkv = (exact_sum(q, w) * (scale[:, None] * w_scale)).reshape(m, -1, dim)
+    found = built(heads, k, target.name)(*args)[-1].reshape(m, queries + 2 * keys, dim)
+    qkv = (exact_sum(q, w) * (scale[:, None] * w_scale)).reshape(found.shape)
     rotation = rotated(qkv[:, :turned], cos[positions], sin[positions])
     np.testing.assert_array_equal(found[:, :turned], rotation)
     np.testing.assert_array_equal(found[:, turned:], qkv[:, turned:])
