@@ -7,8 +7,8 @@
         q[P] = quantize(h)
 
     tile | value                             | bound by
-    P    | least multiple of 4 in which 512  | barriers, which cost more the more threads wait:
-         | threads hold the row              | 4 up to K = 2048, 8 to 4096
+    P    | least multiple of 4 in which 256  | registers: three blocks a multiprocessor, 83 KB of
+         | threads hold the row; 512 in runs | rows on their way; in runs, what a thread lists
 
 Last rows first: a prompt's GEMM writes them last, so that L2 has them still.
 
@@ -29,7 +29,7 @@ from schedules.rms_norm.generic import QUANTIZERS, SMALLEST_STAT, write_mean
 from schedules.targets import GpuTarget
 
 VECTOR = 4  # float32 of one 16-byte load
-MAX_THREADS = 256
+MAX_THREADS = {False: 256, True: 512}  # by in_runs
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Row:
 
     @property
     def run(self) -> int:
-        return -(-self.k // (VECTOR * MAX_THREADS)) * VECTOR
+        return -(-self.k // (VECTOR * MAX_THREADS[self.in_runs])) * VECTOR
 
     @property
     def threads(self) -> int:
