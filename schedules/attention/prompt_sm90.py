@@ -60,7 +60,7 @@ class LevelTile(Tile):
             for stage in range(num_stages):
                 at = T.uint32(stage * bulk_sm90.BARRIER_BYTES)
                 bulk_sm90.make(self.full + at, 1)
-                bulk_sm90.make(self.empty + at, form.warps)
+                bulk_sm90.make(self.empty + at, form.warps * cuda.WARP)
 
     def attend(self, run: Expr) -> None:
         """The rows of a run: its slot's blocks, up to the last position."""
@@ -84,9 +84,7 @@ class LevelTile(Tile):
         self.multiply_keys(stage)
         self.softmax.step(T.bind(b * KEYS), T.bind(stage + T.uint32(form.level_bytes)))
         self.multiply_values(T.bind(stage + T.uint32(form.key_bytes)))
-        T.evaluate(T.cuda.warp_sync())  # the other lanes have read the stage, too
-        with cuda.when(self.lane == 0):
-            bulk_sm90.arrive(self._barrier(self.empty, number))
+        bulk_sm90.arrive(self._barrier(self.empty, number))  # racecheck follows no lane for others
 
     def _ask(self, b: Expr, blocks: Expr, before: Expr) -> None:
         """For a block of the run, once every warp is done with the one that was in its stage."""
