@@ -7,7 +7,7 @@ import pytest
 from compiler.kernels import Choice
 from compiler.tuning.recall import recall
 from compiler.tuning.store import Record
-from tests.compiler.tuning.test_session import make_task
+from tests.compiler.tuning.planted import make_task
 
 MEASURED = Record(
     "int8_matmul", (("K", 64), ("N", 48)), Choice("generic", ()), 1, (1e-3, 1e-3), "ok", "d-c", 0,
