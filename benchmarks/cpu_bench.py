@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import cpu_peer
+from benchmarks.commit import commit
 from benchmarks.cpu_page import OURS, Row, show_row
 from benchmarks.worker import Worker, WorkerError
 
@@ -24,6 +26,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, target: str) -> None:
         self.options, self.target = options, target
+        self.commit = options.commit or commit()  # at the start: a checkout may change meanwhile
         self.rows: list[Row] = []
         self.started: list[Worker] = []
         try:
@@ -34,18 +37,21 @@ class Bench:
 
     def start(self, options: argparse.Namespace, target: str) -> None:
         ours = HERE / "cpu_worker.py"
-        self.reader, self.dense = (self.run(name, sys.executable, ours) for name in (READ, DENSE))
-        self.workers = {OURS: self.run(OURS, sys.executable, ours)}
-        for worker in self.started:
-            worker.ask("use_target", name=target)
-        self.reader.ask("prepare", kind="stream", nbytes=STREAM_BYTES)
-        if options.peer_python:
-            for kind in options.peers:
-                script = HERE / "llama_cpp_peer.py"
-                self.workers[kind] = self.run(kind, options.peer_python, script)
         self.shape = json.loads((options.artifact / "config.json").read_text(encoding="utf-8"))
         self.manifest = json.loads((options.artifact / "artifact.json").read_text(encoding="utf-8"))
-        self.versions = {name: self.version(name) for name in self.workers if name != OURS}
+        self.kv_bits = options.kv_bits or self.manifest["default_kv_bits"]
+        peers = {}
+        if options.peer_python:  # first: what is most often wrong, before anything takes time
+            cpu_peer.check_shape(self.shape, options.only)
+            script = HERE / "llama_cpp_peer.py"
+            peers = {kind: self.run(kind, options.peer_python, script) for kind in options.peers}
+        self.versions = {name: self.version(peer) for name, peer in peers.items()}
+        kernels = [self.run(name, sys.executable, ours) for name in (READ, DENSE, OURS)]
+        self.reader, self.dense, own = kernels
+        self.workers = {OURS: own, **peers}
+        for worker in kernels:
+            worker.ask("use_target", name=target)
+        self.reader.ask("prepare", kind="stream", nbytes=STREAM_BYTES)
 
     def run(self, name: str, python: str, script: Path) -> Worker:
         self.started.append(Worker(name, python, script))
@@ -55,13 +61,13 @@ class Bench:
         for worker in self.started:
             worker.close()
 
-    def version(self, peer: str) -> str:
+    def version(self, peer: Worker) -> str:
         try:
-            return self.workers[peer].ask("hello")["version"]
+            return peer.ask("hello")["version"]
         except WorkerError as error:
             raise WorkerError(
-                f"{error}: {self.options.peer_python} said why above; possible: --peer-python "
-                "with a Python that has llama-cpp-python, gguf and numpy"
+                f"{error}: asked for {self.options.peer_python}; possible: --peer-python with a "
+                "Python that has llama-cpp-python, gguf and numpy"
             ) from error
 
     def worker(self, name: str) -> Worker:

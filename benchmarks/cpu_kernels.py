@@ -44,21 +44,21 @@ def measure_sparse(bench: Bench) -> None:
             OURS: {"kind": "sparse", "zeros": zeros, **sizes},
             DENSE: {"kind": "matmul", "act_bits": 8, **sizes},
         }
-        bench.kernel(f"down_proj, {zeros:.0%} zeros", 1e-6, "M call", ask, share=1 - zeros)
+        bench.kernel(f"down_proj, {zeros:.0%} zeros", 1, "us", ask, share=1 - zeros)
 
 
 def measure_head(bench: Bench) -> None:
     hidden, vocab = bench.shape["hidden_size"], bench.shape["vocab_size"]
     for bits in HEAD_BITS:
         request = {"kind": "head", "bits": bits, "n": vocab, "k": hidden, "m": 1, "copies": 2}
-        bench.kernel(f"head, {bits} bits", 1e-6, "M call", {OURS: request}, share=1)
+        bench.kernel(f"head, {bits} bits", 1, "us", {OURS: request}, share=1)
 
 
 def measure_launch(bench: Bench) -> None:
     for ours in (True, False):
         ask = {OURS: {"kind": "launch", "is_launched_by_us": ours, "copies": LAUNCHES}}
         name = "launch" if ours else "launch by TVM's pool"
-        bench.kernel(name, 1e-6, "M call", ask)
+        bench.kernel(name, 1, "us", ask)
 
 
 def measure_kernels(bench: Bench) -> None:

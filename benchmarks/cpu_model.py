@@ -1,5 +1,6 @@
 """Group `model` of benchmarks/cpu.py: prompts and decode steps of whole models."""
 
+from benchmarks import cpu_peer
 from benchmarks.cpu_bench import Bench
 from benchmarks.cpu_page import OURS
 from benchmarks.worker import Worker
@@ -8,13 +9,14 @@ from benchmarks.worker import Worker
 def load_models(bench: Bench) -> None:
     context = bench.manifest["context_length"]
     threads = bench.options.threads[0]
+    sizes = {"context": context, "threads": threads}
     for name, worker in bench.workers.items():
-        path = bench.options.artifact
-        if name != OURS:
-            path = bench.options.output / f"random-{name}.gguf"
-            if not path.exists():
-                worker.ask("write_model", path=str(path), kind=name, shape=bench.shape)
-        worker.ask("load", path=str(path), context=context, threads=threads)
+        if name == OURS:
+            path = str(bench.options.artifact)
+            worker.ask("load", path=path, kv_bits=bench.kv_bits, **sizes)
+        else:
+            file = cpu_peer.written(worker, bench.options.output, name, bench.shape)
+            cpu_peer.load(worker, file, cache=bench.options.peer_kv, **sizes)
 
 
 def token_bytes(bench: Bench) -> dict[str, float]:
@@ -32,7 +34,7 @@ def token_bytes(bench: Bench) -> dict[str, float]:
             continue
         total += tensor["bytes"] * share.get(name.split(".", 2)[-1], 1)
     files = {
-        name: (bench.options.output / f"random-{name}.gguf").stat().st_size
+        name: cpu_peer.model_file(bench.options.output, name, bench.shape).stat().st_size
         for name in bench.workers
         if name != OURS
     }

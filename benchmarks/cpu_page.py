@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 OURS = "ours"
+PLOTS = ("threads", "context", "bytes")
 
 
 @dataclass
 class Row:
     """One measurement of several engines. Samples are seconds; `amount` of `unit` was done in
-    each, at least `floor` bytes had to be read for it. `bandwidth` is the streaming read's, in
-    bytes/s, between those samples; 0 where no time was taken for it."""
+    each (a unit of us: calls), at least `floor` bytes had to be read for it. `bandwidth` is the
+    streaming read's, in bytes/s, between those samples; 0 where no time was taken for it."""
 
     group: str
     test: str
@@ -33,6 +34,14 @@ class Row:
         return self.amount / max(found), self.amount / min(found)
 
 
+def show_samples(row: Row, engine: str) -> str:
+    """Median (range): a rate, or a call's time."""
+    found, (low, high), unit = row.rate(engine), row.spread(engine), f"{row.unit}/s"
+    if row.unit == "us":
+        found, low, high, unit = 1e6 / found, 1e6 / high, 1e6 / low, "us"
+    return f"{found:.4g} ({low:.4g}-{high:.4g}) {unit}"
+
+
 def show_row(engines: Collection[str], row: Row) -> str:
     """A line of the table."""
     cells = [row.group, row.test, str(row.threads)]
@@ -40,8 +49,7 @@ def show_row(engines: Collection[str], row: Row) -> str:
         if name not in row.samples:
             cells.append("")
             continue
-        low, high = row.spread(name)
-        cells.append(f"{row.rate(name):.4g} ({low:.4g}-{high:.4g}) {row.unit}/s")
+        cells.append(show_samples(row, name))
     for name in engines:
         if name != OURS:
             both = name in row.samples
@@ -62,7 +70,10 @@ def table(facts: dict[str, Any], engines: Collection[str], rows: list[Row]) -> s
 
 
 def plot(engines: Collection[str], measured: list[Row], folder: Path) -> None:
-    """threads.png, context.png, bytes.png; those for which there are rows."""
+    """threads.png, context.png, bytes.png; those for which there are rows, and none of a page
+    that was there before."""
+    for name in PLOTS:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -78,6 +89,8 @@ def plot(engines: Collection[str], measured: list[Row], folder: Path) -> None:
             x = [r.threads if name == "threads" else int(r.test.split()[-1]) for r in rows]
             axes.plot(x, [r.rate(engine) for r in rows], marker="o", label=engine)
         axes.set(xlabel=label, ylabel="decoded tokens/s", ylim=(0, None))
+        if name == "threads":
+            axes.set_xticks(sorted(set(x)))
         axes.legend()
         axes.figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
     if decode:

@@ -31,8 +31,10 @@ def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 class Model:
-    def __init__(self, path: str, context: int, threads: int) -> None:
-        self.engine = Engine.load(path, threads=threads, context=context, verify=False)
+    def __init__(self, path: str, context: int, threads: int, kv_bits: int) -> None:
+        self.engine = Engine.load(
+            path, threads=threads, context=context, kv_bits=kv_bits, verify=False
+        )
         self.rng = np.random.default_rng(0)
         self.filled = 0
 
@@ -177,8 +179,8 @@ class Ours:
         self.target, self.kernels = name, None
         return {}
 
-    def load(self, path: str, context: int, threads: int) -> dict:
-        self.model = Model(path, context, threads)
+    def load(self, path: str, context: int, threads: int, kv_bits: int) -> dict:
+        self.model = Model(path, context, threads, kv_bits)
         return {"target": self.model.engine.artifact.target}
 
     def threads(self, count: int) -> dict:

@@ -16,7 +16,6 @@ import argparse
 import datetime
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ import tvm
 import tvm_ffi
 
 from benchmarks import gpu_checks, w2a8
+from benchmarks.commit import commit
 from benchmarks.gpu_case import Case
 from benchmarks.gpu_cases import COLD_BYTES, GROUPS, cases
 from command_line import Parser
@@ -137,13 +137,6 @@ def show(row: dict) -> None:
     for name, timing in row["rivals"].items():
         parts.append(f"{timing['us'] / row['us']:.2f} x {name} {timing['us']:.1f}")
     print(", ".join(parts), flush=True)
-
-
-def commit() -> str:
-    """Of the checkout, with what is not committed told."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

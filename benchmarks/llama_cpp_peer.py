@@ -12,14 +12,18 @@ import sys
 import time
 from pathlib import Path
 
-import gguf
-import llama_cpp
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from worker import serve  # the same folder, whatever the working directory
+from worker import refuse, serve  # the same folder, whatever the working directory
+
+try:
+    import gguf
+    import llama_cpp
+    import numpy as np
+except Exception as error:  # none, or one whose library cannot be loaded
+    refuse(error)
 
 TYPES = {name: gguf.GGMLQuantizationType[name] for name in ("TQ2_0", "TQ1_0")}
+CACHES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml's numbers of types
 BATCH = 512
 
 
@@ -86,7 +90,7 @@ def write_model(path: str, kind: str, shape: dict) -> dict:
 class Model:
     """A loaded model and what is in its cache."""
 
-    def __init__(self, path: str, context: int, threads: int) -> None:
+    def __init__(self, path: str, context: int, threads: int, cache: str) -> None:
         quiet = llama_cpp.llama_log_callback(lambda *_: None)
         self._quiet = quiet  # kept alive
         llama_cpp.llama_log_set(quiet, None)
@@ -95,12 +99,15 @@ class Model:
             path.encode(), llama_cpp.llama_model_default_params()
         )
         if not model:
-            raise RuntimeError(f"llama.cpp cannot load {path}")
+            raise RuntimeError("llama.cpp cannot read this file")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = context
         params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = CACHES[cache]
         self.context = llama_cpp.llama_init_from_model(model, params)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp has no cache of {context} tokens in {cache} for it")
         vocab = llama_cpp.llama_model_get_vocab(model)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
         self.rng = np.random.default_rng(0)
@@ -197,8 +204,8 @@ class Peer:
     def write_model(self, path: str, kind: str, shape: dict) -> dict:
         return write_model(path, kind, shape)
 
-    def load(self, path: str, context: int, threads: int) -> dict:
-        self.model = Model(path, context, threads)
+    def load(self, path: str, context: int, threads: int, cache: str) -> dict:
+        self.model = Model(path, context, threads, cache)
         return {}
 
     def threads(self, count: int) -> dict:

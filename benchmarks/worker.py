@@ -13,7 +13,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class WorkerError(Exception):
@@ -27,7 +27,11 @@ class Worker:
         self.name = name
         try:
             self._process = subprocess.Popen(
-                [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [python, str(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                process_group=0,  # Ctrl-C is for who asks, who ends it
             )
         except OSError as error:
             raise WorkerError(f"{name}: cannot run {python}: {error.strerror}") from error
@@ -44,7 +48,10 @@ class Worker:
             raise WorkerError(
                 f"{self.name}: ended while asked to {do}, exit {self._process.wait()}"
             )
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise WorkerError(f"{self.name}: no answer to {do}, but {line.strip()!r}") from error
         if "error" in answer:
             raise WorkerError(f"{self.name}: {do}: {answer['error']}")
         return answer
@@ -59,6 +66,16 @@ class Worker:
         self._process.wait()
 
 
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Answer the first request, whatever it is, with what keeps this process from serving."""
+    print(json.dumps({"error": told(error)}))
+    sys.exit(1)
+
+
 def serve(methods: object) -> None:
     """Answer requests with the methods of an object until the input ends. What libraries print
     goes to stderr."""
@@ -69,6 +86,6 @@ def serve(methods: object) -> None:
         try:
             answer = getattr(methods, request.pop("do"))(**request)
         except Exception as error:  # told to whoever asked
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"}
+            answer = {"error": told(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
