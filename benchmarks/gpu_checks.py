@@ -53,6 +53,8 @@ def run_tests(processes: int) -> str:
     if done.returncode:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         raise CheckError(f"tests: {'; '.join([lines[-1], *failed[:20]])}")
+    if not re.search(r"\b[1-9]\d* passed", lines[-1]):
+        raise CheckError(f"tests: none ran on this GPU: {lines[-1]}; possible: pytest -rs says why")
     return lines[-1]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from compiler import artifact_writer, pipeline
 from compiler.config import NO_RECORDS, BuildError
 from compiler.export import export_model
-from compiler.kernels import KernelTable, using
+from compiler.kernels import KernelTable, default_choice, find_module, using
 from compiler.ops.heads import possible_kv_bits
 from compiler.passes.record_workspace import ATTR as WORKSPACE
 from compiler.progress import BuildProgress
@@ -63,7 +63,7 @@ def assemble(
             pipeline.compile_library(lowered, target, directory / artifact_writer.LIBRARY, linker)
         with progress.phase("write"):
             files = artifact_writer.copy_model_files(directory, model, weights.directory)
-            facts = describe(model, target, kv_bits) | params
+            facts = describe(model, target, kv_bits) | levels(model, target, kv_bits) | params
             if WORKSPACE in lowered.attrs:
                 facts[WORKSPACE] = int(lowered.attrs[WORKSPACE])
             record = build_record(target, kernels, time.monotonic() - started)
@@ -98,6 +98,15 @@ def describe(model: ModelConfig, target: TargetSpec, kv_bits: list[int]) -> dict
         "default_kv_bits": model.kv_bits if model.kv_bits in kv_bits else 16,
         "context_length": model.max_position_embeddings,
     }
+
+
+def levels(model: ModelConfig, target: TargetSpec, kv_bits: list[int]) -> dict[str, object]:
+    """Of each kv_bits, what attention unpacks of a cache before a prompt: some GPUs' kernels do."""
+    kernels = find_module("attention", default_choice("attention", target.families).family)
+    if not hasattr(kernels, "levels"):
+        return {}
+    heads = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    return {"levels": {str(bits): kernels.levels(*heads, bits) for bits in kv_bits}}
 
 
 def build_record(target: TargetSpec, kernels: KernelTable, seconds: float) -> dict[str, object]:

@@ -79,6 +79,15 @@ class Artifact:
         """Bytes of params.bin, all of them mapped."""
         return int(self.manifest["params"]["bytes"])
 
+    def step_bytes(self, kv_bits: int, slots: int, context: int) -> dict[str, int]:
+        """Bytes by part that steps take beside parameters and cache, where that is known."""
+        parts = {"activations": int(self.manifest.get("workspace_bytes", 0))}
+        levels = self.manifest.get("levels", {}).get(str(kv_bits), {"positions": 1, "bytes": 0})
+        blocks = slots * -(-context // levels["positions"])
+        if unpacked := blocks * levels["bytes"]:
+            parts["unpacked levels"] = unpacked
+        return parts
+
     def open_library(self, device: Device) -> Any:
         """The compiled module."""
         library = (self.path / self.manifest["library"]["file"]).resolve()

@@ -92,13 +92,8 @@ class Engine:
         shape, device = artifact.shape, open_device(artifact.manifest)
         sizes = (shape.layers, slots, context, shape.kv_heads, shape.head_dim)
         cache = KVCache(*sizes, bits, device)
-        device.require(
-            {
-                "weights": artifact.params_bytes,
-                "KV cache": cache.nbytes(),
-                "activations": int(artifact.manifest.get("workspace_bytes", 0)),
-            }
-        )
+        parts = {"weights": artifact.params_bytes, "KV cache": cache.nbytes()}
+        device.require(parts | artifact.step_bytes(bits, slots, context))
         return cls(artifact, _open_tokenizer(artifact), cache, threads)
 
     def _function(self, name: str) -> Any:

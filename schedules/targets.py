@@ -71,17 +71,20 @@ class GpuTarget(TargetSpec):
     @property
     def can_launch_early(self) -> bool:
         """Whether every arch has programmatic dependent launch: compute capability 9.0 on."""
-        return all(int(arch.removeprefix("sm_").rstrip("a")) >= 90 for arch in self.archs)
+        return all(capability_of(arch) >= (9, 0) for arch in self.archs)
 
     def needs(self) -> dict[str, object]:
         machine = platform.machine()  # of the host code beside the kernels
         return {"device": "cuda", "machine": machine, "cpu_flags": [], "archs": list(self.archs)}
 
     def runs_here(self) -> bool:
-        found = compute_capability()
-        return found is not None and f"sm_{found[0]}{found[1]}" in (
-            a.rstrip("a") for a in self.archs
-        )
+        return compute_capability() in [capability_of(arch) for arch in self.archs]
+
+
+def capability_of(arch: str) -> tuple[int, int]:
+    """(9, 0) of sm_90a."""
+    digits = arch.removeprefix("sm_").rstrip("a")
+    return int(digits[:-1]), int(digits[-1])
 
 
 def gpu(
@@ -320,17 +323,20 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def detect_gpu(capability: tuple[int, int] | None) -> TargetSpec:
-    """The row for a GPU of this compute capability; without one, the build for all archs."""
+    """The row for a GPU of this compute capability; without a GPU or a row, the build for all
+    archs: machine code of one serves later minor versions, PTX of the last one later chips."""
+    fat = TARGETS["cuda-fat"]
     if capability is None:
-        return TARGETS["cuda-fat"]
-    name = f"cuda-sm{capability[0]}{capability[1]}"
-    if name not in TARGETS:
-        possible = ", ".join(row for row in TARGETS if row.startswith("cuda-sm"))
+        return fat
+    assert isinstance(fat, GpuTarget)
+    oldest = min(map(capability_of, fat.archs))
+    if capability < oldest:
         raise ValueError(
             f"target: asked for cuda, found a GPU of compute capability "
-            f"{capability[0]}.{capability[1]}, for which there is no row; possible: {possible}"
+            f"{capability[0]}.{capability[1]}; possible: {oldest[0]}.{oldest[1]} or later, or "
+            "--target native, which builds for this CPU"
         )
-    return TARGETS[name]
+    return TARGETS.get(f"cuda-sm{capability[0]}{capability[1]}", fat)
 
 
 def why_cuda(found: TargetSpec) -> str:
@@ -339,6 +345,8 @@ def why_cuda(found: TargetSpec) -> str:
     assert isinstance(needs, list)
     here = compute_capability()
     gpu = "no GPU here" if here is None else f"a GPU of compute capability {here[0]}.{here[1]} here"
+    if here is not None and not found.runs_here():
+        gpu += ", which has no row of its own"
     return f"{gpu}, building {found.name} for {', '.join(needs)}"
 
 

@@ -49,9 +49,11 @@ def fuse(func: relax.Function) -> relax.Function:
 def fuse_gate(call: relax.Call, values: Values) -> relax.Call | None:
     q, scale, w, w_scale, gate, _ = call.args
     before = matmul_of(gate, values)
-    if before is None or not before.args[0].same_as(q) or not is_tiled(w, w_scale, q):
+    if before is None or not is_tiled(w, w_scale, q):
         return None
-    _, _, gate_w, gate_scale, _ = before.args
+    gate_q, gate_row_scale, gate_w, gate_scale, _ = before.args
+    if not (gate_q.same_as(q) and gate_row_scale.same_as(scale)):
+        return None
     kernels = kernels_of(glu_matmul)
     if kernels is None or not kernels.is_possible(int(q.ty.shape[1])):
         return None

@@ -6,7 +6,8 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.attention import cuda as every_gpu
-from schedules.attention import prompt_sm90, split_sm90
+from schedules.attention import prompt_sm90, prompt_tile_cuda, split_sm90
+from schedules.attention.softmax_cuda import KEYS
 from schedules.intrin import cuda
 from schedules.targets import GpuTarget
 
@@ -28,6 +29,13 @@ def launch_few(
             split_sm90.launch(form, rows, qkv, *others)
         with T.Else():
             every_gpu.launch_few(*heads, rows, *tensors)
+
+
+def levels(num_heads: int, num_kv_heads: int, head_dim: int, kv_bits: int) -> dict[str, int]:
+    """What a prompt takes beside the step's tensors: `bytes` for every `positions` of a slot."""
+    form = prompt_tile_cuda.Form(num_heads, num_kv_heads, head_dim, kv_bits)
+    size = num_kv_heads * form.block_bytes if form.is_possible else 0
+    return {"positions": KEYS, "bytes": size}
 
 
 def kernel(

@@ -54,6 +54,28 @@ def test_no_sanitizer(monkeypatch):
         gpu_checks.find_sanitizer()
 
 
+@pytest.mark.parametrize(
+    "last, code, refusal",
+    [
+        ("==== 3 passed, 2 skipped in 1s ====", 0, None),
+        ("==== 10 passed in 1s ====", 0, None),
+        ("==== 23 skipped in 1s ====", 0, "tests: none ran on this GPU: .*23 skipped"),
+        ("==== no tests ran in 1s ====", 5, "tests: ==== no tests ran"),
+        ("==== 1 failed, 3 passed in 1s ====", 1, "tests: ==== 1 failed, 3 passed"),
+    ],
+)
+def test_a_run_in_which_nothing_passed(last, code, refusal, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{last}'\nexit {code}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu_checks.sys, "executable", str(python))
+    if refusal is None:
+        assert gpu_checks.run_tests(1) == last
+        return
+    with pytest.raises(gpu_checks.CheckError, match=refusal):
+        gpu_checks.run_tests(1)
+
+
 def test_every_selection_selects():
     """A renamed test would leave its kernels unwatched."""
     for file, expression in gpu_checks.SANITIZED.items():

@@ -194,3 +194,26 @@ def test_unverified_still_checks_sizes(own_artifact):
     (own_artifact / "params.bin").write_bytes(b"")
     with pytest.raises(RuntimeRefusal, match="0 bytes"):
         Artifact.open(own_artifact, verify=False)
+
+
+def test_what_steps_take_by_part(artifact):
+    """A prompt's unpacked levels beside the planned tensors: of every begun block of a slot."""
+    opened = Artifact.open(artifact)
+    assert opened.step_bytes(3, 1, 100) == {"activations": 0}
+    levels = {"16": {"positions": 64, "bytes": 0}, "3": {"positions": 64, "bytes": 1000}}
+    change(artifact, "artifact.json", workspace_bytes=5000, levels=levels)
+    opened = Artifact.open(artifact)
+    assert opened.step_bytes(16, 2, 100) == {"activations": 5000}
+    assert opened.step_bytes(3, 2, 64) == {"activations": 5000, "unpacked levels": 2000}
+    assert opened.step_bytes(3, 2, 65) == {"activations": 5000, "unpacked levels": 4000}
+
+
+def test_every_part_is_weighed(artifact, monkeypatch):
+    weighed = []
+    monkeypatch.setattr(Cpu, "require", lambda _, parts: weighed.append(parts))
+    levels = {"3": {"positions": 16, "bytes": 1000}}
+    change(artifact, "artifact.json", workspace_bytes=5000, levels=levels)
+    Engine.load(artifact, kv_bits=3, slots=2, context=17, threads=1)
+    (parts,) = weighed
+    assert list(parts) == ["weights", "KV cache", "activations", "unpacked levels"]
+    assert parts["unpacked levels"] == 4000 and parts["weights"] > 0 < parts["KV cache"]

@@ -14,6 +14,7 @@ from tvm_ffi import structural_hash
 
 from compiler import nvcc
 from runtime import device_code
+from runtime.device import runs_on
 from schedules.targets import TARGETS, CpuTarget, GpuTarget, TargetSpec, compute_capability
 from tests.arm import emulator
 
@@ -38,7 +39,9 @@ def why_not(target: TargetSpec) -> str | None:
     """Why kernels for the target cannot be run here."""
     if isinstance(target, GpuTarget):
         found = compute_capability()
-        if found and (target.runs_here() or target.archs[0] < f"sm_{found[0]}{found[1]}"):
+        last = target.archs[-1]  # whose PTX a build has, too
+        capability = found and f"{found[0]}.{found[1]}"
+        if capability and any(runs_on(arch, capability, arch == last) for arch in target.archs):
             return None
         return f"needs a GPU of {target.archs[0]}"
     assert isinstance(target, CpuTarget)

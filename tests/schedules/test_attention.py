@@ -6,6 +6,8 @@ about one element in 1e-13 / 2^-24, half a million; the test grants one in ten t
 """
 
 import functools
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +192,18 @@ def test_unpacked_before(shape, kv_bits, form, target):
         positions = np.concatenate([np.arange(first, first + n) for _, first, n in runs])
         check(shape, kv_bits, target, cache, slots, positions, rng, run=run)
         check(shape, kv_bits, target, cache, slots, positions, rng, size=1e3, run=run)
+
+
+@pytest.mark.parametrize("kv_bits", [16, 3])
+def test_levels_are_what_a_prompt_takes(kv_bits):
+    """As the kernel allocates it, of 3 slots and 130 positions: 3 blocks of 64 each."""
+    shape = 4, 2, 64
+    levels = sm90.levels(*shape, kv_bits)
+    text = sm90.kernel(*shape, kv_bits, TARGETS["cuda-sm90"]).script()
+    sizes = re.findall(r"T\.alloc_buffer\(\((num_slots.*),\), \"uint8\"\)", text)
+    names = {"num_slots": 3, "scale_size": 130, "T": SimpleNamespace(int64=int)}
+    assert {eval(size, names) for size in sizes} == ({9 * levels["bytes"]} if sizes else set())
+    assert bool(sizes) == bool(levels["bytes"]) == (kv_bits == 3) and levels["positions"] == 64
 
 
 @EVERY_TARGET

@@ -46,6 +46,7 @@ KERNELS = (
     ("ternary_matmul", (130, 272, 8), ("glu",)),
     ("ternary_matmul", (130, 257, 8), ("glu",)),
     ("ternary_matmul", (130, 272, 8), ("residual",)),
+    ("ternary_matmul", (132, 272, 8), ("residual",)),  # which Hopper's stages hold
     ("sparse_ternary_matmul", (130, 257), ()),
     ("int8_matmul", (65, 64), ()),
     ("int8_matmul", (65, 33), ()),

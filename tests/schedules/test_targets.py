@@ -2,7 +2,16 @@
 
 import pytest
 
-from schedules.targets import TARGETS, CpuTarget, detect_gpu, detect_native, find, why_not_fp4
+from schedules import targets
+from schedules.targets import (
+    TARGETS,
+    CpuTarget,
+    detect_gpu,
+    detect_native,
+    find,
+    why_cuda,
+    why_not_fp4,
+)
 
 AVX2_HOST = ["sse2", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"]
 AVX512_HOST = [*AVX2_HOST, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]
@@ -66,15 +75,40 @@ def test_row(spec):
 
 
 @pytest.mark.parametrize(
-    "capability, name", [(None, "cuda-fat"), ((9, 0), "cuda-sm90"), ((8, 6), "cuda-sm86")]
+    "capability, name",
+    [
+        (None, "cuda-fat"),
+        ((9, 0), "cuda-sm90"),
+        ((8, 6), "cuda-sm86"),
+        ((10, 0), "cuda-sm100"),
+        # Of no row: machine code of the minor version before, PTX of the last chip
+        ((8, 7), "cuda-fat"),
+        ((10, 3), "cuda-fat"),
+        ((12, 0), "cuda-fat"),
+    ],
 )
 def test_detect_gpu(capability, name):
     assert detect_gpu(capability).name == name
 
 
-def test_detect_gpu_names_the_gpu_it_has_no_row_for():
-    with pytest.raises(ValueError, match=r"compute capability 5\.2.*possible: cuda-sm80"):
-        detect_gpu((5, 2))
+@pytest.mark.parametrize("capability", [(5, 2), (7, 5)])
+def test_detect_gpu_refuses_what_nothing_is_built_for(capability):
+    found = "{}\\.{}".format(*capability)
+    with pytest.raises(ValueError, match=rf"compute capability {found}; possible: 8\.0 or later"):
+        detect_gpu(capability)
+
+
+def test_a_build_for_all_archs_is_said_aloud(monkeypatch):
+    """Also where a GPU is, but no row for it."""
+    said = {}
+    for capability in (None, (9, 0), (12, 0)):
+        monkeypatch.setattr(targets, "compute_capability", lambda found=capability: found)
+        said[capability] = why_cuda(detect_gpu(capability))
+    assert said[None].startswith("no GPU here, building cuda-fat for sm_80, ")
+    assert said[9, 0] == "a GPU of compute capability 9.0 here, building cuda-sm90 for sm_90a"
+    assert said[12, 0].startswith(
+        "a GPU of compute capability 12.0 here, which has no row of its own, building cuda-fat for "
+    )
 
 
 def test_where_fp4_has_units_that_are_not_used():
