@@ -7,6 +7,10 @@ time, four tiles of sums that are loaded and stored once a slab of 1024 columns.
     TILED_ROWS | 16    | a tile; at 84 % zeros and 128 rows avx512vnni.py's walk takes 0.86 of its
                |       | time here, which a record may choose
 
+    skip_zeros | layout         | kernel
+    1          | `columns_2bit` | this
+    0          | `triples_5bit` | ternary_matmul's of the row, the residual added (dense.py)
+
 Measured: Sapphire Rapids class Xeon, 2 cores, busy, 2026-11-22, 2560 x 6912, 128 rows, two threads:
 4.3 ms (avx2.py 10.4 at 84 % zeros). A loop of tile loads and products alone ran there at 77 cycles
 a step of four products, or at 150 to 340, from run to run: to be measured again on a quiet machine.
@@ -20,17 +24,19 @@ from tvm.tirx import PrimFunc
 from schedules.intrin import amx
 from schedules.sparse_ternary_matmul import avx512vnni, walk
 from schedules.sparse_ternary_matmul.avx512vnni import BLOCK, GROUPS, LANES
+from schedules.sparse_ternary_matmul.dense import ACT_BITS, with_lists
 from schedules.sparse_ternary_matmul.walk import Tiles
 from schedules.targets import CpuTarget
+from schedules.ternary_matmul import amxvbmi
 from schedules.ternary_matmul.amx import ACTIVATIONS, CODES, HEIGHT, SUMS
 from schedules.ternary_matmul.quads_avx512 import tile_height
 
 TILED_ROWS = amx.ROWS
-KNOBS = avx512vnni.WALK_KNOBS
+KNOBS = {"skip_zeros": (1, 0), **avx512vnni.WALK_KNOBS}
 
 
-def layout() -> str:
-    return avx512vnni.layout()
+def layout(*, skip_zeros: int = 1) -> str:
+    return avx512vnni.layout() if skip_zeros else amxvbmi.layout(ACT_BITS)
 
 
 def multiply(sums, codes, qs, height, kk0, count):
@@ -60,7 +66,17 @@ def tile_rows(output, q, w, rows, first, blocks, k: int, tile_m: int):
     amx.release()
 
 
-def kernel(n: int, k: int, target: CpuTarget, *, ahead: int = 2, most_eighths: int = 6) -> PrimFunc:
+def kernel(
+    n: int,
+    k: int,
+    target: CpuTarget,
+    *,
+    skip_zeros: int = 1,
+    ahead: int = 2,
+    most_eighths: int = 6,
+) -> PrimFunc:
+    if not skip_zeros:
+        return with_lists(amxvbmi.kernel(n, k, ACT_BITS, target, "residual"))
     tile_m = tile_height(k, HEIGHT, target)
     tiles = Tiles(lambda rows, active: rows >= TILED_ROWS, partial(tile_rows, k=k, tile_m=tile_m))
     return walk.kernel(n, k, avx512vnni.walk_of(ahead), tiles, most_eighths)

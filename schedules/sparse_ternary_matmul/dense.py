@@ -1,0 +1,20 @@
+"""sparse_ternary_matmul by a kernel of ternary_matmul: every column, whatever the list says.
+
+q is zero off the list, so that the sums are the same. Where half of the columns are active (o_proj
+behind its TopK), weights of 1.67 bits read from one end to the other are quicker than runs of 2
+bits by a list.
+"""
+
+from tvm import tirx
+from tvm.tirx import PrimFunc
+
+ACT_BITS = 8
+
+
+def with_lists(func: PrimFunc) -> PrimFunc:
+    """A kernel (q, scale, w, w_scale, residual, out) with index and count, unread, behind scale."""
+    q, scale, *others = func.params
+    rows, k = q.shape
+    index = tirx.decl_buffer((rows, k), "int32", "index")
+    count = tirx.decl_buffer((rows,), "int32", "count")
+    return PrimFunc([q, scale, index, count, *others], func.body, func.ret_type, func.attrs)
