@@ -213,7 +213,7 @@ TARGETS: dict[str, TargetSpec] = {
             32,
             512,
         ),
-        # Cascade Lake (32, 1024)
+        # Cascade Lake (32, 1024), tiled for half of that L2, as the rows below
         x86(
             "x86-avx512vnni",
             ("avx512vnni", "avx2"),

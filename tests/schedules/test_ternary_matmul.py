@@ -137,6 +137,23 @@ def test_rows_by_gate(target, act_bits, n, k):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("target", params(ROWS_BY_GATE))
+@ACT_BITS
+def test_rows_behind_a_closed_gate_are_not_multiplied(target, act_bits):
+    """Their scales are infinite: 0 * (acc * inf) is not 0, so that a sum taken in vain shows."""
+    n, k = 300, 520
+    run, rng = ternary_matmul(target, n, k, act_bits, "glu"), np.random.default_rng(0)
+    w = weights("random", n, k)
+    for m in (1, 2, 5):
+        q, (scale, w_scale) = activations("random", m, k, act_bits, seed=m), scales(m, n)
+        is_open = rng.random(n) < 0.4
+        gate = np.where(is_open, 1, -rng.integers(0, 2, n)) * np.ones((m, 1), np.float32)
+        expected = gate.clip(0) * (exact_sum(q, w) * (scale[:, None] * w_scale))
+        infinite = np.where(is_open, w_scale, np.float32(np.inf))
+        found = run((q, scale), w, infinite, gate.astype(np.float32))
+        np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("target", params(every_gpu("ternary_matmul")))
 @ACT_BITS
 @pytest.mark.parametrize("n, k", [(14000, 80), (2500, 144), (64, 144), (650, 1296)])
