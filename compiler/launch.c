@@ -5,6 +5,7 @@
    is strong and hidden: the kernels bind to it and the loader does not find it.
 
        launch(body):   num_task = TVM_NUM_THREADS     read each time, as TVM does
+           move workers that sleep or wait on this CPU off it
            open the gate of num_task - 1 workers      each claims its share: body(1), body(2), ...
            body(0)                                    in the caller
            claim and run the shares that nobody has   of workers that are asleep or have no core
@@ -18,6 +19,7 @@
 
    Measured: docs/log.md, "launches". */
 
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -46,6 +48,9 @@ typedef struct {
 typedef struct {
   Gate gate;
   atomic_uint claimed; /* openings whose share has been taken, by the worker or by the caller */
+  atomic_int cpu;      /* where it last passed its gate, or may be waiting to run */
+  atomic_int avoids;   /* a CPU of `allowed` that it may not run on just now, or -1 */
+  cpu_set_t allowed;   /* those of the thread that made it */
   int task_id;
   pthread_t thread;
 } Worker;
@@ -127,12 +132,31 @@ static int claim(Worker *worker, unsigned opening) {
   return atomic_compare_exchange_strong(&worker->claimed, &before, opening);
 }
 
+/* Let a worker run anywhere but on the caller's CPU until it has passed its gate. Linux wakes it
+   there even where another CPU is idle, and leaves it behind the caller for a time slice: the
+   caller runs all the shares, launch after launch. */
+static void move_off(Worker *worker, int cpu) {
+  cpu_set_t others = worker->allowed;
+  if (cpu < 0 || cpu >= CPU_SETSIZE || atomic_load(&worker->avoids) == cpu) return;
+  CPU_CLR(cpu, &others);
+  if (!CPU_COUNT(&others)) return;
+  if (!pthread_setaffinity_np(worker->thread, sizeof others, &others))
+    atomic_store(&worker->avoids, cpu);
+}
+
+static void note_cpu(Worker *self) {
+  if (atomic_exchange(&self->avoids, -1) >= 0)
+    pthread_setaffinity_np(pthread_self(), sizeof self->allowed, &self->allowed);
+  atomic_store(&self->cpu, sched_getcpu());
+}
+
 static void *work(void *argument) {
   Worker *self = argument;
   unsigned passed = 0;
   for (;;) {
     passed = pass_gate(&self->gate, passed);
     if (atomic_load(&pool.stop)) return NULL;
+    note_cpu(self);
     if (!claim(self, passed)) continue; /* the caller was quicker */
     if (pool.body(self->task_id, &pool.env, pool.closure)) atomic_store(&pool.failed, 1);
     if (atomic_fetch_sub(&pool.running, 1) == 1) open_gate(&pool.done);
@@ -148,6 +172,10 @@ static void start_workers(int count) {
     Worker *worker = &pool.workers[pool.num_workers];
     init_gate(&worker->gate);
     atomic_store(&worker->claimed, 0);
+    atomic_store(&worker->cpu, sched_getcpu()); /* a new thread may be queued behind its maker */
+    atomic_store(&worker->avoids, -1);
+    if (pthread_getaffinity_np(pthread_self(), sizeof worker->allowed, &worker->allowed))
+      CPU_ZERO(&worker->allowed); /* more CPUs than a set has: it stays where it is */
     worker->task_id = pool.num_workers + 1;
     if (pthread_create(&worker->thread, NULL, work, worker)) break;
     ++pool.num_workers;
@@ -179,11 +207,18 @@ static int launch(Body body, void *closure, int num_task) {
   pool.env = (Env){NULL, num_task};
   atomic_store(&pool.failed, 0);
   atomic_store(&pool.running, num_task - 1);
-  for (int i = 0; i < num_task - 1; ++i) open_gate(&pool.workers[i].gate);
+  int cpu = sched_getcpu();
+  for (int i = 0; i < num_task - 1; ++i) {
+    Worker *worker = &pool.workers[i];
+    int is_asleep = atomic_load(&worker->gate.sleepers);
+    if (is_asleep || atomic_load(&worker->cpu) == cpu) move_off(worker, cpu);
+    open_gate(&worker->gate);
+  }
   int failed = body(0, &pool.env, closure), taken = 0;
   for (int i = num_task - 2; i >= 0; --i) { /* the last to be called is the likeliest to be late */
     Worker *worker = &pool.workers[i];
     if (!claim(worker, atomic_load(&worker->gate.opened))) continue;
+    atomic_store(&worker->cpu, cpu); /* perhaps it is ready to run, behind this thread */
     failed |= body(worker->task_id, &pool.env, closure);
     ++taken;
   }

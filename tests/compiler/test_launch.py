@@ -1,5 +1,6 @@
 """launch.c: parallel loops of a linked library, in processes of their own: a hang is a failure."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -112,6 +113,41 @@ int main(void) {
 }
 """
 
+# A worker that sleeps, last seen on the caller's CPU; the caller's share waits for the worker's.
+SAME_CPU = """
+#include <stdio.h>
+static atomic_int worker_cpu;
+static cpu_set_t mask;
+static int share(int task, Env *env, void *closure) {
+  (void)env, (void)closure;
+  if (task) {
+    pthread_getaffinity_np(pthread_self(), sizeof mask, &mask);
+    atomic_store(&worker_cpu, sched_getcpu());
+  }
+  for (int i = 0; i < 1000 && atomic_load(&worker_cpu) < 0; ++i) usleep(1000);
+  return 0;
+}
+int main(void) {
+  cpu_set_t all, here;
+  pthread_getaffinity_np(pthread_self(), sizeof all, &all);
+  atomic_store(&worker_cpu, -1);
+  launch(share, 0, 2); /* makes the worker */
+  usleep(10000);
+  int cpu = sched_getcpu();
+  CPU_ZERO(&here);
+  CPU_SET(cpu, &here);
+  pthread_setaffinity_np(pthread_self(), sizeof here, &here);
+  atomic_store(&worker_cpu, -1);
+  atomic_store(&pool.workers[0].cpu, cpu);
+  launch(share, 0, 2);
+  printf("%d %d ", atomic_load(&worker_cpu) != cpu, CPU_EQUAL(&mask, &all));
+  move_off(&pool.workers[0], cpu);
+  pthread_getaffinity_np(pool.workers[0].thread, sizeof mask, &mask);
+  printf("%d\\n", CPU_ISSET(cpu, &mask));
+  return 0;
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
@@ -147,6 +183,15 @@ def test_a_gate_opened_late_ends_no_other_launch(tmp_path):
     source.write_text(code.replace(end, "== 1) usleep(60000), open_gate(&pool.done)") + LATE)
     subprocess.run(["gcc", "-pthread", "-o", program, source], check=True)
     assert subprocess.run([program], capture_output=True, text=True).stdout == "finished\n"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU")
+def test_a_worker_does_not_wake_on_the_callers_cpu(tmp_path):
+    """Elsewhere for this once: then it may run where the caller may."""
+    source, program = tmp_path / "same.c", tmp_path / "same"
+    source.write_text(LAUNCH.read_text() + SAME_CPU)
+    subprocess.run(["gcc", "-pthread", "-o", program, source], check=True)
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "1 1 0\n"
 
 
 def test_tvm_does_not_find_the_pointer(library):
