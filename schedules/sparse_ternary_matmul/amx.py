@@ -8,7 +8,7 @@ time, four tiles of sums that are loaded and stored once a slab of 1024 columns.
                |       | time here, which a record may choose
 
     skip_zeros | layout         | kernel
-    1          | `columns_2bit` | this
+    1          | `columns_256`  | this
     0          | `triples_5bit` | ternary_matmul's of the row, the residual added (dense.py)
 
 Measured: Sapphire Rapids class Xeon, 2 cores, busy, 2026-11-22, 2560 x 6912, 128 rows, two threads:
