@@ -35,6 +35,18 @@ def copy(destination: Expr, source: Expr, size: Expr | int, barrier: Expr) -> No
     cuda.ptx(instruction, destination, source, T.cast(size, "uint32"), barrier)
 
 
+def copy_to_all(
+    destination: Expr, source: Expr, size: Expr | int, barrier: Expr, blocks: Expr
+) -> None:
+    """The same to the same place of each block of a cluster whose bit is set in `blocks`, and to
+    the barrier there: read from memory once."""
+    instruction = (
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+    )
+    size, mask = T.cast(size, "uint32"), T.cast(blocks, "uint16")
+    cuda.ptx(instruction, destination, source, size, barrier, mask)
+
+
 def wait(barrier: Expr, parity: Expr | int = 0) -> None:
     """For the end of the phase of this parity."""
     done = cuda.local("uint32", 1)

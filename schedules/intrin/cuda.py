@@ -120,6 +120,15 @@ def offset(value: Expr) -> Expr:
     return T.reinterpret("uint32", value)
 
 
+def pinned(value: Expr) -> Expr:
+    """An int32 or uint32 in a register, worked out here: TVM writes an expression out wherever it
+    is part of an index, in 64 bits, and nvcc puts it off until it is used, behind a wait."""
+    word, own = local("uint32", 1), local("uint32", 1)
+    store(word, T.reinterpret("uint32", value), 0)
+    ptx("prmt.b32", own[0], word[0], word[0], T.uint32(0x3210))
+    return T.reinterpret(str(value.ty.dtype), own[0])
+
+
 def warp_reduce(value: Expr, op: str, width: int = WARP) -> Expr:
     """sum, max or min of `width` neighbouring lanes."""
     return T.bind(T.cuda.warp_reduce(value, op, width))

@@ -1,6 +1,6 @@
 """few_tokens_sm90.py's sizes: how tiles and columns are shared out, what lies where in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.intrin import bulk_sm90 as bulk
 from schedules.intrin import cuda
@@ -9,9 +9,14 @@ from schedules.ternary_matmul.cuda import CHUNK, CHUNK_BYTES, TILE, Shape
 
 GROUP = 8  # tokens of a product
 RANKS = (1, 2, 4)  # S
-MOST_TOKEN_BYTES = 32 * 1024  # of a block, where S allows
+PEERS = 2  # X, of blocks that would each read many tokens
+MOST_COLUMNS = {4: 8192, 8: 4096, 16: 4096}  # of a block, by the most rows of a launch
+MOST_READ_BYTES = 10 * 2**20  # of tokens, by all blocks
 MAX_WARPS = 16
 MOST_TILES = 32  # of a block: a lane asks for one
+MOST_SUMS = 64  # tokens times tiles of a warp: registers
+MOST_STEPS = 4  # that are written out one by one
+MOST_PARTS = 2  # of tokens that come from a bulk copy each
 ALIGN = 128
 GAP = 16  # bytes between rows of tokens, 4 words between rows of sums: for the banks
 PIECE = 16  # bytes of a copy of tokens
@@ -19,17 +24,28 @@ PIECE = 16  # bytes of a copy of tokens
 
 @dataclass(frozen=True)
 class Form:
-    """T, S and the number of clusters; the rest follows."""
+    """T, S, X and the number of clusters; the rest follows."""
 
     shape: Shape
     tokens: int  # T
     ranks: int  # S
+    peers: int  # X
     clusters: int
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of one."""
+        return self.ranks * self.peers
+
+    @property
+    def shares(self) -> int:
+        """Of the tiles."""
+        return self.clusters * self.peers
 
     @property
     def tiles(self) -> int:
         """P, at most."""
-        return -(-self.shape.tiles // self.clusters)
+        return -(-self.shape.tiles // self.shares)
 
     @property
     def chunks(self) -> int:
@@ -37,9 +53,14 @@ class Form:
         return -(-self.shape.chunks // self.ranks)
 
     @property
+    def has_own_tokens(self) -> bool:
+        """Whether a warp brings the tokens of its chunks itself: all tiles are one warp's."""
+        return self.peers == 1 and self.across == 1 and self.steps <= MOST_STEPS
+
+    @property
     def together(self) -> int:
-        """R"""
-        return min(2, self.tiles)
+        """R: all tiles, or two, so that one at most is beyond P: what is read there are tokens."""
+        return self.tiles if self.tokens * self.tiles <= MOST_SUMS else 2
 
     @property
     def across(self) -> int:
@@ -48,8 +69,30 @@ class Form:
 
     @property
     def warps(self) -> int:
-        """W. Two at least of V W: the number of an only one would be a constant, too."""
-        return max(min(MAX_WARPS // self.across, self.chunks), 2 if self.across == 1 else 1)
+        """W, of which none rests in the last step if C allows. Two at least of V W: the number of
+        an only one would be a constant, too."""
+        least = 2 if self.across == 1 else 1
+        most = max(min(MAX_WARPS // self.across, self.chunks), least)
+        return max(-(-self.chunks // -(-self.chunks // most)), least)
+
+    @property
+    def steps(self) -> int:
+        """Chunks of a warp."""
+        return -(-self.chunks // self.warps)
+
+    @property
+    def parts(self) -> int:
+        """Of shared tokens: a warp waits for those of its step, or of all."""
+        return self.steps if self.steps <= MOST_PARTS else 1
+
+    @property
+    def part_chunks(self) -> int:
+        return self.warps if self.parts > 1 else self.chunks
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every warp has a chunk in every step."""
+        return self.shape.chunks == self.ranks * self.warps * self.steps
 
     @property
     def block_warps(self) -> int:
@@ -73,8 +116,13 @@ class Form:
         return self.tiles * self.chunks * CHUNK_BYTES
 
     @property
+    def read_bytes(self) -> int:
+        """Of tokens, by all blocks."""
+        return self.clusters * self.peers * self.tokens * self.shape.k
+
+    @property
     def height(self) -> int:
-        """Outputs of a cluster."""
+        """Outputs of a cluster's ranks."""
         return self.tiles * TILE
 
     @property
@@ -83,7 +131,7 @@ class Form:
         return self.height // self.ranks
 
     @property
-    def steps(self) -> int:
+    def rounds(self) -> int:
         """Outputs of a thread."""
         return -(-self.tokens * self.own_height // self.threads)
 
@@ -100,37 +148,53 @@ class Form:
 
     @property
     def barriers(self) -> int:
-        """One for every R tiles, then the inbox's."""
+        """One for every R tiles, the inbox's, then one for every part of the tokens."""
         inbox = self.ranks * self.tokens * self.own_height * 4 if self.ranks > 1 else 0
         return self.inbox + inbox
 
     @property
     def scales(self) -> int:
         """Of the tokens, then of the block's outputs."""
-        return -(-(self.barriers + (1 + self.across) * bulk.BARRIER_BYTES) // PIECE) * PIECE
+        count = self.across + 1 + self.parts
+        return -(-(self.barriers + count * bulk.BARRIER_BYTES) // PIECE) * PIECE
 
     @property
     def shared_bytes(self) -> int:
         return self.scales + 4 * (self.tokens + self.own_height)
 
 
-def form_of(shape: Shape, tokens: int, target: GpuTarget) -> Form | None:
-    """The least S that leaves a block few tokens; None where no tile fits beside them."""
+def form_of(shape: Shape, most_rows: int, target: GpuTarget) -> Form | None:
+    """For up to 4, 8 or 16 rows: the least S that leaves a block few columns and all blocks few
+    tokens to read, or else few columns; None where no tile fits beside a block's tokens."""
+    tokens = tokens_of(most_rows)
     possible = [
         form
         for ranks in RANKS
-        if ranks <= shape.chunks and (form := share_out(shape, tokens, ranks, target))
+        if ranks <= shape.chunks
+        if (form := share_out(shape, tokens, ranks, peers_of(shape, tokens, ranks), target))
     ]
-    small = (form for form in possible if tokens * shape.k <= form.ranks * MOST_TOKEN_BYTES)
-    return next(small, possible[-1] if possible else None)
+    few = [form for form in possible if shape.k <= form.ranks * MOST_COLUMNS[most_rows]]
+    quick = (form for form in few if form.read_bytes <= MOST_READ_BYTES)
+    return next(quick, few[0] if few else possible[-1] if possible else None)
 
 
-def share_out(shape: Shape, tokens: int, ranks: int, target: GpuTarget) -> Form | None:
-    """A cluster for every `ranks` multiprocessors, or several where its tiles would leave none of
-    the shared memory to the next launch's."""
-    at_once, room = target.num_multiprocessors // ranks, target.shared_bytes // 2 - 2 * ALIGN
-    form = Form(shape, tokens, ranks, min(at_once, shape.tiles))
+def tokens_of(most_rows: int) -> int:
+    """T"""
+    return -(-most_rows // GROUP) * GROUP
+
+
+def peers_of(shape: Shape, tokens: int, ranks: int) -> int:
+    """Of two measures against many tokens in a block, one."""
+    return PEERS if tokens > GROUP and ranks == 1 and shape.tiles >= PEERS else 1
+
+
+def share_out(shape: Shape, tokens: int, ranks: int, peers: int, target: GpuTarget) -> Form | None:
+    """A block for every multiprocessor, or several where its tiles would leave none of the shared
+    memory to the next launch's."""
+    at_once = target.num_multiprocessors // (ranks * peers)
+    room = target.shared_bytes // 2 - 2 * ALIGN
+    form = Form(shape, tokens, ranks, peers, min(at_once, -(-shape.tiles // peers)))
     while form.tiles > MOST_TILES or (form.shared_bytes > room and form.tiles > 1):
-        form = Form(shape, tokens, ranks, form.clusters + at_once)
-    even = Form(shape, tokens, ranks, -(-shape.tiles // form.tiles))
+        form = replace(form, clusters=form.clusters + at_once)
+    even = replace(form, clusters=-(-shape.tiles // (form.tiles * peers)))
     return even if even.shared_bytes <= room else None

@@ -1,24 +1,29 @@
 """ternary_matmul of 2 to 16 tokens on Hopper: a cluster of blocks shares out K of some tiles.
 
     for tiles of c: N/16 shared out evenly           blockIdx.y
-        for rank in S: K/(128 S) chunks              blockIdx.x: the blocks of a cluster
-            w[P, C] -> shared                        a bulk copy a tile, before the wait
-            x[T, 128 C] -> shared                    cp.async, after it
-            for warp in V W:                         threadIdx.y: R tiles, every W-th chunk
-                b = ldmatrix(x)                      8 registers for 8 tokens
-                acc[R, T/8] += (w << 6 - 2i & 0xC0) . b      mma m16n8k32, i in 4
+        for peer in X: the same again                blockIdx.x: the blocks of a cluster,
+            for rank in S: K/(128 S) chunks          X S of them
+                w[P, C] -> shared                    a bulk copy a tile, before the wait
+                x[T, 128 C] -> shared                after it, and in part for all peers
+                for warp in V W:                     threadIdx.y: R tiles, every W-th chunk
+                    b = ldmatrix(x)                  8 registers for 8 tokens
+                    acc[R, T/8] += (w << 6 - 2i & 0xC0) . b      mma m16n8k32, i in 4
             sums over W warps -> inboxes             shared memory, then st.async
             out[T, 16 P / S] = epilogue(sum of S shares / 64)
 
     tile | value                       | bound by
     T    | 8 or 16                     | the product's columns
-    S    | 1, 2 or 4                   | a block's tokens, 32 KB: read from L2 by every cluster
-    P    | what S multiprocessors have | half of their shared memory: two launches side by side
-    R    | 2                           | b is read once for two tiles
+    S    | 1, 2 or 4                   | a block's columns of tokens: 8192 of 4, 4096 of more
+    X    | 2 of 16 tokens and S = 1    | the same: read from L2 once for both
+    P    | what X S blocks have        | half of their shared memory: two launches side by side
+    R    | P, or 2                     | b is read once for R tiles; T R / 2 registers
     V, W | 16 warps, few of them idle  | the same: half of the registers
 
-Weights and their scales do not depend on the launch before: all are asked for before it has ended.
-A block sends each other one of its cluster its share of that one's outputs, and waits for what it
+Weights and their scales do not depend on the launch before: all are asked for before it has ended;
+what addresses need is worked out before that, too (`cuda.pinned`). Where all of a block's tiles are
+one warp's, that brings the tokens of its chunks itself (cp.async) and waits for nobody; elsewhere a
+block brings every X-th token to all peers (a bulk copy for each W chunks).
+A block sends each other one of its ranks its share of that one's outputs, and waits for what it
 adds up itself: inboxes are open before the launch before has ended; one block alone adds up its
 warps' sums. A code in the top bits of a byte is 64 w:
 |acc| < 2^13 K, int32 for K < 2^18.
@@ -35,29 +40,29 @@ from schedules.epilogue import Epilogue
 from schedules.intrin import bulk_sm90 as bulk
 from schedules.intrin import cuda
 from schedules.ternary_matmul.cuda import CHUNK, CHUNK_BYTES, FIELDS, TILE, WEIGHT_BITS, field
-from schedules.ternary_matmul.few_form_sm90 import PIECE, Form
+from schedules.ternary_matmul.few_copies_sm90 import Copies
+from schedules.ternary_matmul.few_form_sm90 import MOST_STEPS, Form
 
 QUAD = 4  # sums of a message
 MOST_LATE = 2  # registers of the epilogue's own inputs while sums are made
 
 
 def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) -> None:
-    share = cuda.cluster(form.ranks) if form.ranks > 1 else cuda.blocks(1)
-    with share as rank, cuda.blocks(form.clusters, "y") as c:
+    share = cuda.cluster(form.cluster) if form.cluster > 1 else cuda.blocks(1)
+    with share as number, cuda.blocks(form.clusters, "y") as c:
         threads = cuda.threads(form.block_warps, "y"), cuda.threads(cuda.WARP)
         with threads[0] as warp, threads[1] as lane, cuda.min_blocks(2):
-            block = Block(form, rows, rank, c, warp, lane)
+            block = Block(form, rows, number, c, warp, lane)
             block.ask(w)
             block.ask_scales(w_scale)
-            if form.ranks > 1:
-                cuda.sync_cluster()  # inboxes are open
+            if form.cluster > 1:
+                cuda.sync_cluster()  # its barriers are made, inboxes are open
+            else:
+                cuda.sync()
             cuda.wait_for_launch()
             cuda.let_next_launch()
             block.ask_tokens(q, scale)
-            cuda.commit_copies()
-            late = block.load(extra) if end.extra and form.steps <= MOST_LATE else None
-            cuda.wait_for_copies()
-            cuda.sync()
+            late = block.load(extra) if end.extra and form.rounds <= MOST_LATE else None
             block.multiply()
             if end.extra and late is None:
                 late = block.load(extra)
@@ -71,112 +76,60 @@ def launch(form: Form, rows, end: Epilogue, q, scale, w, w_scale, extra, out) ->
             block.receive(finish)
 
 
-class Block:
-    """Emits the work of a block: `chunks` from `chunk` on of the `count` tiles from `tile` on."""
+class Block(Copies):
+    """Emits the work of a block."""
 
-    def __init__(self, form: Form, rows, rank, c, warp, lane):
-        self.form, self.rank, self.warp, self.lane = form, rank, warp, lane
-        self.rows = T.bind(T.cast(rows, "int32"))
-        self.t = T.bind(warp * cuda.WARP + lane)
-        self.tile, self.count = self._share(c, form.shape.tiles, form.clusters)
-        self.chunk, self.chunks = self._share(rank, form.shape.chunks, form.ranks)
-        self.base = cuda.shared_bytes(form.shared_bytes)
-        self.tokens = self.base + T.uint32(form.weights_bytes)
-        self.barriers = self.base + T.uint32(form.barriers)
-        self.inbox_barrier = self.barriers + T.uint32(form.across * bulk.BARRIER_BYTES)
-        self.scales = self.base + T.uint32(form.scales)
+    def __init__(self, form: Form, rows, number, c, warp, lane):
+        super().__init__(form, rows, number, c, warp, lane)
+        self.outputs = [self._output(step) for step in range(form.rounds)]
         self.acc = cuda.local("uint32", 4 * form.together * form.groups)
         self.weights = cuda.local("uint32", 4 * form.together)
         self.x = cuda.local("uint32", 8 * form.groups)
         for i in range(4 * form.together * form.groups):
             cuda.store(self.acc, T.uint32(0), i)
 
-    @staticmethod
-    def _share(i: Expr, count: int, shares: int) -> tuple[Expr, Expr]:
-        """The first of share i and how many it has."""
-        first = T.bind(T.truncdiv(i * count, shares))
-        return first, T.bind(T.max(T.truncdiv((i + 1) * count, shares) - first, 1))
-
-    def _barrier_of(self, v: Expr) -> Expr:
-        if self.form.across == 1:  # v is a constant, which `cuda.offset` cannot take
-            return self.barriers
-        return self.barriers + cuda.offset(v * bulk.BARRIER_BYTES)
-
-    def ask(self, w: Any) -> None:
-        """All of the block's weights, by a warp; how much is to come to the inbox, too."""
-        form, lane = self.form, self.lane
-        of_tile = T.bind(self.chunks * CHUNK_BYTES)
-        with cuda.when(self.warp == 0):
-            with cuda.when(lane == 0):
-                for v in range(form.across):
-                    bulk.make(self.barriers + T.uint32(v * bulk.BARRIER_BYTES))
-                if form.ranks > 1:
-                    bulk.make(self.inbox_barrier)
-                    of_token = form.ranks * form.own_height * 4
-                    bulk.expect(self.inbox_barrier, self.rows * of_token)
-            T.evaluate(T.cuda.warp_sync())
-            with cuda.when(lane < form.across):
-                tiles = T.max(T.min(self.count - lane * form.together, form.together), 0)
-                bulk.expect(self._barrier_of(lane), tiles * of_tile)
-            with cuda.when(lane < self.count):
-                source = w[T.min(self.tile + lane, form.shape.tiles - 1), self.chunk, 0]
-                to = self.base + cuda.offset(lane * (form.chunks * CHUNK_BYTES))
-                barrier = self._barrier_of(lane // form.together)
-                bulk.copy(to, T.address_of(source), of_tile, barrier)
-
-    def ask_scales(self, w_scale: Any) -> None:
-        """Of the block's outputs."""
+    def _output(self, step: int) -> tuple[Expr, Expr, Expr]:
+        """A thread's: token, row of the block, output or -1 where there is none."""
         form = self.form
-        first = T.bind(self.tile * TILE + self.rank * form.own_height)
-        self._ask_floats(form.own_height, form.tokens, w_scale, first, form.shape.n)
-
-    def _ask_floats(self, count: int, to: int, source: Any, first: Expr | int, end: Expr | int):
-        """`count` of source[first:end] to place `to` of the scales."""
-        with cuda.strided(-(-count // QUAD), self.t, self.form.threads) as i:
-            at, left = T.bind(first + QUAD * i), self.scales + T.uint32(4 * to)
-            valid = T.bind(T.min(end - at, QUAD))
-            with cuda.when(valid > 0):
-                to_own = left + cuda.offset(i * PIECE)
-                cuda.copy_16_bytes(to_own, T.address_of(source[at]), valid * 4)
-
-    def ask_tokens(self, q: Any, scale: Any) -> None:
-        form, pieces = self.form, self.form.chunks * (CHUNK // PIECE)
-        self._ask_floats(form.tokens, 0, scale, 0, self.rows)
-        with cuda.strided(form.tokens * pieces, self.t, form.threads) as i:
-            m, column = T.bind(i // pieces), T.bind(i % pieces * PIECE)
-            k = T.bind(self.chunk * CHUNK + column)
-            inside = tirx.all(m < self.rows, column < self.chunks * CHUNK, k < form.shape.k)
-            with cuda.when(inside):
-                to = self.tokens + cuda.offset(m * form.pitch + column)
-                cuda.copy_16_bytes(to, T.address_of(q[m, k]))
+        i = self.t + step * form.threads
+        m = cuda.pinned(T.truncdiv(i, form.own_height))
+        row = cuda.pinned(i - m * form.own_height)
+        height = self.rank * form.own_height + row
+        n = self.tile * TILE + height
+        exists = tirx.all(m < self.rows, height < self.count * TILE, n < form.shape.n)
+        return m, row, cuda.pinned(T.Select(exists, n, -1))
 
     def each_output(self, body: Callable[[int, Expr, Expr, Expr], None]) -> None:
-        """body(step, token, output, which of the block's sums) for those of this thread."""
-        form = self.form
-        for step in range(form.steps):
-            i = T.bind(self.t + step * form.threads)
-            m, row = T.bind(i // form.own_height), i % form.own_height
-            row = T.bind(self.rank * form.own_height + row)
-            n = T.bind(self.tile * TILE + row)
-            is_output = tirx.all(m < self.rows, row < self.count * TILE, n < form.shape.n)
-            with cuda.when(is_output):
-                body(step, m, n, i)
+        """body(step, token, row, output) for those of this thread."""
+        for step, (m, row, n) in enumerate(self.outputs):
+            with cuda.when(n >= 0):
+                body(step, m, row, n)
 
     def load(self, extra: Any) -> Any:
         """Of this thread's outputs."""
-        own = cuda.local("float32", self.form.steps)
-        self.each_output(lambda step, m, n, i: cuda.load_in_order(own, step, extra[m, n]))
+        own = cuda.local("float32", self.form.rounds)
+        self.each_output(lambda step, m, row, n: cuda.load_in_order(own, step, extra[m, n]))
         return own
 
     def multiply(self) -> None:
         """Every warp's sums to shared memory, where weights and tokens were."""
         form = self.form
         v, w = T.bind(self.warp // form.warps), T.bind(self.warp % form.warps)
-        bulk.wait(self._barrier_of(v))
-        with T.serial(-(-form.chunks // form.warps)) as step:
-            chunk = T.bind(step * form.warps + w)
-            with cuda.when(chunk < self.chunks):
-                self._multiply(chunk, v)
+        bulk.wait(self.barrier_of(v))
+        if form.has_own_tokens:
+            for step in range(form.steps):
+                cuda.wait_for_copies(form.steps - 1 - step)
+                T.evaluate(T.cuda.warp_sync())
+                self._multiply_chunk(step, v, w)
+        else:
+            if form.parts == 1:
+                bulk.wait(self.tokens_barrier_of(T.int32(0)))
+            is_short = form.steps <= MOST_STEPS
+            with cuda.unrolled(form.steps) if is_short else T.serial(form.steps) as step:
+                if form.parts > 1:
+                    bulk.wait(self.tokens_barrier_of(step))
+                self._multiply_chunk(step, v, w)
+            cuda.wait_for_copies()  # of scales
         cuda.sync()
         first = T.bind(v * (form.together * TILE) + self.lane // 4)
         for r in range(form.together):
@@ -187,6 +140,14 @@ class Block:
                     value = self.acc[4 * (r * form.groups + group) + i]
                     cuda.ptx("st.shared.b32", at, value)
         cuda.sync()
+
+    def _multiply_chunk(self, step: Expr | int, v: Expr, w: Expr) -> None:
+        chunk = T.bind(step * self.form.warps + w)
+        if self.form.is_even:
+            self._multiply(chunk, v)
+        else:
+            with cuda.when(chunk < self.chunks):
+                self._multiply(chunk, v)
 
     def _multiply(self, chunk: Expr, v: Expr) -> None:
         form, lane = self.form, self.lane
@@ -228,7 +189,8 @@ class Block:
                     for j in range(QUAD):
                         cuda.store(total, total[j] + word[j], j)
                 at = self._inbox_of(self.rank, m * form.own_height + quad % own * QUAD)
-                self._push(T.bind(cuda.offset(quad // own)), at, total)
+                to = quad // own + self.peer * form.ranks
+                self._push(T.bind(cuda.offset(T.bind(to))), at, total)
 
     def _push(self, rank: Expr, at: Expr, words: Any) -> None:
         there = cuda.local("uint32", 2)
@@ -250,18 +212,18 @@ class Block:
         if form.ranks > 1:
             bulk.wait(self.inbox_barrier)
 
-        def add(step: int, m: Expr, n: Expr, i: Expr) -> None:
+        def add(step: int, m: Expr, row: Expr, n: Expr) -> None:
             if form.ranks > 1:
+                i = m * form.own_height + row
                 shares = [self._inbox_of(rank, i) for rank in range(form.ranks)]
             else:
-                row = n - self.tile * TILE
                 shares = [self._sums_of(w, m, row) for w in range(form.warps)]
             cuda.store(total, T.uint32(0), 0)
             for share in shares:
                 cuda.ptx("ld.shared.b32", word[0], share)
                 cuda.store(total, total[0] + word[0], 0)
             acc = T.shift_right(T.reinterpret("int32", total[0]), WEIGHT_BITS)
-            for j, place in enumerate((m, form.tokens + i % form.own_height)):
+            for j, place in enumerate((m, form.tokens + row)):
                 cuda.ptx("ld.shared.f32", scale[j], self.scales + cuda.offset(4 * place))
             finish(step, m, n, T.cast(acc, "float32"), scale[0] * scale[1])
 

@@ -15,6 +15,7 @@ the forms of up to 16 tokens.
     2 | 128 | 5 | 1    | 2                       | 13824x2560: 256 on; 3840x2560: 1024 on
     2 | 96  | 6 | 1    | 2                       | 2560x6912: 512, 1024
     2 | 64  | 8 | 1    | 2                       | 13824x2560: 64, 128; the others: 256
+    2 | 96  | 8 | 2    | 1                       | 2560x6912: 256
     2 | 64  | 8 | 2, 4 | 2                       | 2560x6912: 128, 64; 3840x2560: 64
     2 | 32  | 8 | 1, 4 | 2                       | 3840x2560: 128; 32
 
@@ -90,20 +91,29 @@ def launch_rows(
     if shape.k % 16:  # rows that cp.async cannot copy
         small_batch.launch_small_batch(one, target, rows, end, *tensors, early=True)
         return
-    few = [few_tokens(shape, tokens, target) for tokens in (8, 16)]
+    few, most = few_launches(shape, target)
     with T.If(rows <= 16):
         with T.Then():
-            launch_few([one.launch, *few], [1, 8], rows, end, *tensors)
+            launch_few([one.launch, *few], [1, *most[:-1]], rows, end, *tensors)
         with T.Else():
             chip = target.num_multiprocessors
             launch_cheapest(forms, chip, rows, lambda form: launch(form, rows, end, *tensors))
 
 
-def few_tokens(shape: Shape, tokens: int, target: GpuTarget) -> Callable[..., None]:
-    """Launches the form for up to this many tokens."""
-    if form := few_form_sm90.form_of(shape, tokens, target):
-        return partial(few_tokens_sm90.launch, form)
-    return replace(small_batch.some_tokens(shape, tokens, target), early=True).launch
+def few_launches(shape: Shape, target: GpuTarget) -> tuple[list[Callable[..., None]], list[int]]:
+    """What launches 2 to 16 tokens, and the most tokens of each."""
+    launches: list[Callable[..., None]] = []
+    last: dict[tuple, int] = {}
+    for most in few_form_sm90.MOST_COLUMNS:
+        tokens = few_form_sm90.tokens_of(most)
+        last[tokens, few_form_sm90.form_of(shape, most, target)] = most  # of equal ones
+    for tokens, form in last:
+        if form:
+            launches.append(partial(few_tokens_sm90.launch, form))
+        else:
+            plain = replace(small_batch.some_tokens(shape, tokens, target), early=True)
+            launches.append(plain.launch)
+    return launches, [*last.values()]
 
 
 def launch_few(
