@@ -63,7 +63,7 @@ def assemble(
             pipeline.compile_library(lowered, target, directory / artifact_writer.LIBRARY, linker)
         with progress.phase("write"):
             files = artifact_writer.copy_model_files(directory, model, weights.directory)
-            facts = describe(model, target, kv_bits) | levels(model, target, kv_bits) | params
+            facts = describe(model, target, kv_bits) | params
             if WORKSPACE in lowered.attrs:
                 facts[WORKSPACE] = int(lowered.attrs[WORKSPACE])
             record = build_record(target, kernels, time.monotonic() - started)
@@ -97,6 +97,7 @@ def describe(model: ModelConfig, target: TargetSpec, kv_bits: list[int]) -> dict
         "kv_bits": kv_bits,
         "default_kv_bits": model.kv_bits if model.kv_bits in kv_bits else 16,
         "context_length": model.max_position_embeddings,
+        **levels(model, target, kv_bits),
     }
 
 

@@ -84,7 +84,8 @@ class LevelTile(Tile):
         self.multiply_keys(stage)
         self.softmax.step(T.bind(b * KEYS), T.bind(stage + T.uint32(form.level_bytes)))
         self.multiply_values(T.bind(stage + T.uint32(form.key_bytes)))
-        bulk_sm90.arrive(self._barrier(self.empty, number))  # racecheck follows no lane for others
+        # Every lane: racecheck does not take one lane's arrival for the other lanes' reads
+        bulk_sm90.arrive(self._barrier(self.empty, number))
 
     def _ask(self, b: Expr, blocks: Expr, before: Expr) -> None:
         """For a block of the run, once every warp is done with the one that was in its stage."""
