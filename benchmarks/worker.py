@@ -87,5 +87,8 @@ def serve(methods: object) -> None:
             answer = getattr(methods, request.pop("do"))(**request)
         except Exception as error:  # told to whoever asked
             answer = {"error": told(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        except BrokenPipeError:  # whoever asked has ended
+            os._exit(0)  # a plain exit would flush once more

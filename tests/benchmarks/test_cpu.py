@@ -71,6 +71,20 @@ def test_worker_that_ended_before_it_was_asked(echo):
     echo.close()
 
 
+def test_worker_whose_asker_has_ended_is_silent(tmp_path):
+    script = tmp_path / "echo.py"
+    script.write_text(ECHO.format(root=str(Path(cpu.__file__).parents[1])))
+    reader, writer = os.pipe()
+    os.close(reader)
+    request = json.dumps({"do": "double", "number": 1}).encode()
+    command = [sys.executable, script]
+    done = subprocess.run(
+        command, input=request, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"noise of a library\n")
+
+
 def test_worker_that_cannot_start(tmp_path):
     with pytest.raises(WorkerError, match="peer: cannot run /nowhere/python: No such file"):
         Worker("peer", "/nowhere/python", tmp_path / "script.py")
