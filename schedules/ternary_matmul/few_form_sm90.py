@@ -24,12 +24,12 @@ PIECE = 16  # bytes of a copy of tokens
 
 @dataclass(frozen=True)
 class Form:
-    """T, S, X and the number of clusters; the rest follows."""
+    """Four numbers; the rest follows. A cluster has `ranks` blocks for each of its `peers`."""
 
     shape: Shape
-    tokens: int  # T
-    ranks: int  # S
-    peers: int  # X
+    tokens: int  # columns of a product, whatever the rows
+    ranks: int  # blocks that share out the chunks of K of the same tiles
+    peers: int  # blocks that share tokens, each with tiles of its own
     clusters: int
 
     @property
@@ -44,12 +44,12 @@ class Form:
 
     @property
     def tiles(self) -> int:
-        """P, at most."""
+        """Tiles of 16 outputs of a block, at most."""
         return -(-self.shape.tiles // self.shares)
 
     @property
     def chunks(self) -> int:
-        """C, at most."""
+        """Chunks of 128 columns of a block, at most."""
         return -(-self.shape.chunks // self.ranks)
 
     @property
@@ -59,18 +59,20 @@ class Form:
 
     @property
     def together(self) -> int:
-        """R: all tiles, or two, so that one at most is beyond P: what is read there are tokens."""
+        """Tiles of a warp: all of the block's, or two, so that one at most is beyond the block's
+        last: what is read there are tokens."""
         return self.tiles if self.tokens * self.tiles <= MOST_SUMS else 2
 
     @property
     def across(self) -> int:
-        """V"""
+        """Groups of tiles of a block, each for warps of its own."""
         return -(-self.tiles // self.together)
 
     @property
     def warps(self) -> int:
-        """W, of which none rests in the last step if C allows. Two at least of V W: the number of
-        an only one would be a constant, too."""
+        """Warps that share out the chunks of one group of tiles: as few as need no further step.
+        A block has two warps at least: of a single one threadIdx.y is the constant 0, and the
+        kernel binds expressions of it to variables."""
         least = 2 if self.across == 1 else 1
         most = max(min(MAX_WARPS // self.across, self.chunks), least)
         return max(-(-self.chunks // -(-self.chunks // most)), least)
@@ -148,7 +150,7 @@ class Form:
 
     @property
     def barriers(self) -> int:
-        """One for every R tiles, the inbox's, then one for every part of the tokens."""
+        """One for each group of tiles, the inbox's, then one for every part of the tokens."""
         inbox = self.ranks * self.tokens * self.own_height * 4 if self.ranks > 1 else 0
         return self.inbox + inbox
 
@@ -164,7 +166,7 @@ class Form:
 
 
 def form_of(shape: Shape, most_rows: int, target: GpuTarget) -> Form | None:
-    """For up to 4, 8 or 16 rows: the least S that leaves a block few columns and all blocks few
+    """For up to 4, 8 or 16 rows: the fewest ranks that leave a block few columns and all blocks few
     tokens to read, or else few columns; None where no tile fits beside a block's tokens."""
     tokens = tokens_of(most_rows)
     possible = [
@@ -179,7 +181,7 @@ def form_of(shape: Shape, most_rows: int, target: GpuTarget) -> Form | None:
 
 
 def tokens_of(most_rows: int) -> int:
-    """T"""
+    """Whole products' columns for so many rows: 8 or 16."""
     return -(-most_rows // GROUP) * GROUP
 
 

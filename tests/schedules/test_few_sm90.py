@@ -13,7 +13,13 @@ from schedules.ternary_matmul import few_tokens_sm90, sm90
 from schedules.ternary_matmul.cuda import CHUNK_BYTES, Shape
 from schedules.ternary_matmul.few_form_sm90 import form_of, share_out
 from tests.schedules.compiled import compiled, params
-from tests.schedules.matmul_reference import activations, exact_sum, ones, weights
+from tests.schedules.matmul_reference import (
+    activations,
+    exact_sum,
+    ones,
+    ternary_matmul,
+    weights,
+)
 
 HOPPER = TARGETS["cuda-sm90"]
 # Uneven shares of an odd number of columns; more tiles of a block than one warp's; steps of a loop
@@ -90,3 +96,30 @@ def test_choice():
         (20480, 3200, 8): (1, 1),
         (20480, 3200, 16): (2, 1),
     }
+
+
+MOST_K = 22528  # of which tokens of a block's chunks leave room for a tile, at 16 tokens
+
+
+def are_shared_out(k):
+    """By the most rows of each launch for few tokens: whether it is few_tokens_sm90.py's."""
+    launches, most = sm90.few_launches(Shape(2560, k), HOPPER)
+    own = [getattr(launch, "func", None) is few_tokens_sm90.launch for launch in launches]
+    return dict(zip(most, own, strict=True))
+
+
+def test_choice_where_no_tile_fits():
+    """16 tokens of one more chunk take the form without clusters; fewer tokens do not."""
+    assert are_shared_out(MOST_K)[16]
+    assert are_shared_out(MOST_K + 16) == {8: True, 16: False}
+
+
+@pytest.mark.parametrize("target", params([HOPPER]))
+@pytest.mark.parametrize("k", [MOST_K, MOST_K + 16])
+def test_both_sides_of_that_choice(k, target):
+    n = 130
+    run, w = ternary_matmul(target, n, k, 8, "scale"), weights("random", n, k)
+    for m in (2, 8, 9, 16):
+        q, (scale, w_scale) = activations("random", m, k, 8, seed=m), ones(m, n)
+        found = run((q, scale), w, w_scale)
+        np.testing.assert_array_equal(found, exact_sum(q, w))

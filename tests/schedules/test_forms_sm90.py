@@ -31,21 +31,24 @@ def built(form, end, target):
     return compiled(sm90.prim_func(form.shape, end, emit), target)
 
 
-def rows_of(form):
-    """One tile's last row and its neighbours, and a tile of few rows behind two whole ones."""
-    return 1, form.tokens - 1, form.tokens, 2 * form.tokens + 3
+def check(form, epilogue, target, case):
+    """case(m, n, sums) -> (scale, w_scale, other tensors, what is to be found)"""
+    run, (n, k) = built(form, EPILOGUES[epilogue], target), (form.shape.n, form.shape.k)
+    w = weights("random", n, k)
+    packed = LAYOUTS["tiles_2bit"].pack(w)
+    # One tile's last row and its neighbours, and a tile of few rows behind two whole ones
+    for m in (1, form.tokens - 1, form.tokens, 2 * form.tokens + 3):
+        q = activations("random", m, k, 8, seed=m)
+        scale, w_scale, others, expected = case(m, n, exact_sum(q, w))
+        out = np.full((m, n), np.nan, np.float32)
+        found = run(q, scale, packed, w_scale, *others, out)[-1]
+        np.testing.assert_array_equal(found, expected)
 
 
 @TARGET
 @pytest.mark.parametrize("form", FORMS, ids=label)
 def test_every_form(form, target):
-    run, (n, k) = built(form, EPILOGUES["scale"], target), (form.shape.n, form.shape.k)
-    w = weights("random", n, k)
-    packed = LAYOUTS["tiles_2bit"].pack(w)
-    for m in rows_of(form):
-        q, (scale, w_scale) = activations("random", m, k, 8, seed=m), ones(m, n)
-        out = np.full((m, n), np.nan, np.float32)
-        np.testing.assert_array_equal(run(q, scale, packed, w_scale, out)[-1], exact_sum(q, w))
+    check(form, "scale", target, lambda m, n, sums: (*ones(m, n), [], sums))
 
 
 def test_forms_that_hold_a_residual():
@@ -62,13 +65,11 @@ def test_forms_that_hold_a_residual():
 @pytest.mark.parametrize("form", HOLDING, ids=label)
 def test_residual(form, target):
     """The residual lies in the stages: every row, column and token its own number."""
-    run, (n, k) = built(form, EPILOGUES["residual"], target), (form.shape.n, form.shape.k)
-    w = weights("random", n, k)
-    packed = LAYOUTS["tiles_2bit"].pack(w)
-    for m in rows_of(form):
-        q, (scale, w_scale) = activations("random", m, k, 8, seed=m), scales(m, n)
+
+    def case(m, n, sums):
+        scale, w_scale = scales(m, n)
         residual = np.random.default_rng(m).permutation(m * n).reshape(m, n).astype(np.float32)
-        product = exact_sum(q, w).astype(np.float64) * (scale[:, None] * w_scale)
-        out = np.full((m, n), np.nan, np.float32)
-        found = run(q, scale, packed, w_scale, residual, out)[-1]
-        np.testing.assert_array_equal(found, (residual + product).astype(np.float32))
+        product = sums.astype(np.float64) * (scale[:, None] * w_scale)
+        return scale, w_scale, [residual], (residual + product).astype(np.float32)
+
+    check(form, "residual", target, case)
