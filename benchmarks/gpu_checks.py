@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-TESTS = ("tests/schedules", "tests/compiler/test_pipeline.py")
+TESTS = ("tests/schedules", "tests/compiler/test_pipeline.py", "tests/test_end_to_end.py")
 GPU_ROWS = "cuda and not test_cuda.py"  # test_cuda.py compiles, and needs no GPU
 TOOLS = ("memcheck", "racecheck")
 TOOLKIT = Path("/usr/local/cuda/bin")

@@ -15,11 +15,13 @@ import torch
 
 from compiler.build import build
 from compiler.config import BuildConfig
-from model import checkpoint, ops
-from model.config import ModelConfig
+from model import checkpoint, ops, random
+from model.config import MODELS, ModelConfig
 from model.integer import Decode, IntegerModel, Prefill
 from runtime import Engine
+from runtime.engine import PREFILL_ROWS
 from runtime.errors import ArtifactError
+from tests.schedules.compiled import GPU_ROWS, params
 
 TEXT = Path(__file__).parent / "data" / "valid_excerpt.txt"
 WINDOW = 1000  # two of them; the model's context is 1024
@@ -89,6 +91,41 @@ def test_prefill_then_decode_equals_token_by_token(artifact, windows):
     for found, expected in zip(prefilled, stepped[63:], strict=True):
         p, q = log_softmax(expected), log_softmax(found)
         assert (np.exp(p) * (p - q)).sum() <= 1e-3
+
+
+def check_steps_of_a_prompt(artifact: Path, prompt: list[int], other_rows: tuple[int, ...]) -> None:
+    """A prompt of several steps, and by steps of other sizes: what follows, and what follows that,
+    which reads every position of the cache."""
+    found = []
+    for rows in (None, *other_rows):
+        engine = Engine.load(artifact)
+        if rows:
+            engine.artifact.manifest["prompt_rows"] = rows
+        elif "prompt_rows" in engine.artifact.manifest:
+            assert engine.artifact.manifest["prompt_rows"] < len(prompt)
+        else:
+            assert PREFILL_ROWS < len(prompt)
+        logits = engine.prefill(prompt)
+        found.append((logits, engine.decode([7], [0], [len(prompt)])[0].copy()))
+    for logits in found[1:]:
+        np.testing.assert_array_equal(logits, found[0])
+
+
+def test_prompt_of_several_steps(artifact, windows):
+    prompt = windows[0][:600]
+    check_steps_of_a_prompt(artifact, prompt, (600, 64, 17))
+    engine = Engine.load(artifact)
+    np.testing.assert_array_equal(engine.prefill(prompt), engine.score(prompt)[-1])
+
+
+@pytest.mark.parametrize("target", params(GPU_ROWS))
+def test_prompt_of_several_steps_on_a_gpu(target, tmp_path):
+    """More rows than a step there has: 2048 and 77, by a tiny model of a long context."""
+    config = MODELS["tiny"].replace(max_position_embeddings=2304)
+    random.write(config, tmp_path / "tiny")
+    built = BuildConfig(model=str(tmp_path / "tiny"), target=target.name, output=tmp_path / "dist")
+    prompt = [i * 37 % config.vocab_size for i in range(target.prompt_rows + 77)]
+    check_steps_of_a_prompt(build(built), prompt, (1024, 333, 16))
 
 
 def test_slots_do_not_see_each_other(artifact, windows):
