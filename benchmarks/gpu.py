@@ -4,6 +4,7 @@
     python -m benchmarks.gpu --check --sanitize   the tests and compute-sanitizer before
     python -m benchmarks.gpu --only gemv gemm     some groups, no file; --only alone: none
     python -m benchmarks.gpu --w2a8 libbitnet.so  Microsoft's GEMV beside ours, of the user's build
+    python -m benchmarks.gpu --artifact DIR       a built model's decode step and prompts, too
 
 Needs a GPU, nvcc, TVM's compiler and a PyTorch with CUDA. Every kernel is checked against PyTorch
 on the inputs that it is timed on, exactly where it is integer. Times are of one CUDA graph over
@@ -27,7 +28,7 @@ import torch
 import tvm
 import tvm_ffi
 
-from benchmarks import gpu_checks, w2a8
+from benchmarks import gpu_checks, gpu_prefill, gpu_step, w2a8
 from benchmarks.commit import commit
 from benchmarks.gpu_case import Case
 from benchmarks.gpu_cases import COLD_BYTES, GROUPS, cases
@@ -36,11 +37,13 @@ from compiler import nvcc
 from compiler.kernels import Schedule, default_choice, using
 from compiler.passes.launch_early import launch_early
 from runtime import device_code
+from runtime.engine import Engine
 from schedules.targets import GpuTarget, find
 
 CALLS = (20, 400)  # of a kernel in one graph, at least and at most
 REPLAYS = 15
 PROCESSES = 12
+CONTEXT, PROMPTS = 512, (512, 2048)  # of a whole model
 KEPT = Path("benchmarks/gpu.json")
 
 
@@ -149,6 +152,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--target", default="cuda", metavar="ROW", help="whose kernels (default: this GPU's)")
     add("--w2a8", type=Path, metavar="FILE", help="Microsoft's libbitnet.so, in place of its "
         "published times")  # fmt: skip
+    add("--artifact", type=Path, metavar="DIR", help="a model of compiler.build for this GPU: "
+        "time its decode step and prompts, too")  # fmt: skip
     add("--output", type=Path, metavar="FILE", help=f"default: {KEPT}, if all groups are timed")
     add("--commit", help="where the checkout is no repository")
     args = parser.parse_args(argv)
@@ -158,6 +163,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.target = find(args.target)
         args.nvcc = nvcc.find_nvcc(args.target)
         args.w2a8 = w2a8.load(args.w2a8) if args.w2a8 else None
+        args.engine = gpu_step.open_engine(args.artifact) if args.artifact else None
     except (ValueError, w2a8.LibraryError) as refusal:
         parser.error(str(refusal))
     return args
@@ -178,20 +184,21 @@ def check(args: argparse.Namespace) -> dict:
 def measure(
     bench: Bench, groups: Sequence[str], function: Callable | None
 ) -> tuple[list[dict], list[str]]:
-    """(a row for each case, names of those whose results are wrong). `function` is Microsoft's."""
+    """(a row for each case, names of those that failed). `function` is Microsoft's."""
     wanted = [case for case in cases(bench.target) if case.group in groups]
     if function:
         wanted = [beside(function, case) for case in wanted]
     with nvcc.compiling_for(bench.target, bench.compiler), ThreadPoolExecutor(PROCESSES) as pool:
-        kernels = list(pool.map(bench.build, wanted))
+        kernels = [pool.submit(bench.build, case) for case in wanted]
     rows, failed = [], []
     for case, kernel in zip(wanted, kernels, strict=True):
         try:
-            rows.append(run(bench, case, kernel))
-        except AssertionError as wrong:
+            rows.append(run(bench, case, kernel.result()))
+            torch.cuda.empty_cache()
+        except Exception as failure:  # the other cases' results must not be lost
             failed.append(case.name)
-            print(f"WRONG {case.group} {str(wrong)[:400]}", flush=True)
-        torch.cuda.empty_cache()
+            kind = "WRONG" if isinstance(failure, AssertionError) else type(failure).__name__
+            print(f"{kind} {case.group} {case.name}: {str(failure)[:400]}", flush=True)
     return rows, failed
 
 
@@ -203,6 +210,26 @@ def beside(function: Callable, case: Case) -> Case:
     copies = min(CALLS[1], -(-COLD_BYTES * 4 // (n * k)))
     rivals = case.rivals | {"Microsoft's W2A8": w2a8.rival(function, n, k, copies)}
     return replace(case, published_us=None, rivals=rivals)
+
+
+def models(engine: Engine) -> dict:
+    """A decode step and prompts of a built model, as the file keeps them."""
+    length = engine.artifact.context_length
+    step = gpu_step.measure(engine, min(CONTEXT, length // 2))
+    gpu_step.show(step)
+    prompts = [tokens for tokens in PROMPTS if tokens <= length]
+    rows = gpu_prefill.compare(engine, prompts, REPLAYS)
+    return {
+        "model": engine.artifact.model,
+        "kv_bits": engine.kv_bits,
+        "step": step,
+        "prefill": rows,
+    }
+
+
+def keep(output: Path | None, measured: dict) -> None:
+    if output:
+        output.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -225,9 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     groups = GROUPS if args.only is None else args.only
     rows, failed = measure(bench, groups, args.w2a8)
+    found = {"failed": failed, "rows": rows}
     output = args.output or (KEPT if args.only is None else None)
-    if output:
-        output.write_text(json.dumps(facts | {"failed": failed, "rows": rows}, indent=1) + "\n")
+    keep(output, facts | found)
+    if args.engine:
+        keep(output, facts | models(args.engine) | found)
     is_clean = all(map(gpu_checks.is_clean, facts.get("sanitizers", {}).values()))
     return 0 if is_clean and not failed else 1
 

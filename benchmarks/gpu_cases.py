@@ -218,9 +218,10 @@ def mask(k: int, keep: int, m: int) -> Case:
 def cases(target: GpuTarget) -> Iterator[Case]:
     for n, k in MICROSOFT:
         yield matmul("gemv", n, k, 1)
-    yield matmul("gemv", 6912, 2560, 1, act_bits=4)
+    for n, k in (*MICROSOFT, (6912, 2560)):
+        yield matmul("gemv", n, k, 1, act_bits=4, rivals=False)
     for m in (2, 4, 8, 16):
-        for n, k in ((2560, 2560), (13824, 2560), (2560, 6912)):
+        for n, k in (*MICROSOFT, (6912, 2560)):
             yield matmul("batch", n, k, m, rivals=False)
     for m in (128, 256, 512, 1024, 2048, 4096):
         for n, k in ((13824, 2560), (2560, 6912), (3840, 2560)):

@@ -8,7 +8,7 @@ Needs matplotlib.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,93 @@ OURS, PUBLISHED = "ours", "Microsoft's, published"
 def times(row: dict[str, Any]) -> dict[str, float]:
     """Engine -> us of one row of the file."""
     found = {OURS: row["us"]}
-    found |= {name: timing["us"] for name, timing in row["rivals"].items()}
+    found |= {name: timing["us"] for name, timing in row.get("rivals", {}).items()}
     if "published_us" in row:
         found[PUBLISHED] = row["published_us"]
     return found
 
 
+def by_shape(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows named 'SHAPE M=tokens ...' by their shape."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["name"].split(" M=")[0], []).append(row)
+    return found
+
+
+def tokens(row: dict[str, Any]) -> int:
+    return int(row["name"].split(" M=")[1].split()[0])
+
+
+def curves(axes: Any, rows: list[dict]) -> None:
+    """TOPS against tokens."""
+    sizes = [tokens(row) for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in times(row)):
+        of_engine = [row for row in rows if name in times(row)]
+        tops = [row["tops"] * row["us"] / times(row)[name] for row in of_engine]
+        axes.plot([tokens(row) for row in of_engine], tops, "o-", label=name)
+    axes.set(xscale="log", xlabel="tokens", ylabel="TOPS")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+
+
+def bars(axes: Any, rows: list[dict]) -> None:
+    """Microseconds, horizontally."""
+    names = list(dict.fromkeys(name for row in rows for name in times(row)))
+    height = 0.8 / len(names)
+    for number, name in enumerate(names):
+        at = [y for y, row in enumerate(rows) if name in times(row)]
+        width = [times(rows[y])[name] for y in at]
+        drawn = axes.barh([y + number * height for y in at], width, height, label=name)
+        axes.bar_label(drawn, fmt="%.3g", fontsize="x-small", padding=2)
+    axes.set_xlabel("us")
+    axes.margins(x=0.08)
+    middle = height * (len(names) - 1) / 2
+    axes.set_yticks([y + middle for y in range(len(rows))], [row["name"] for row in rows])
+    axes.invert_yaxis()
+
+
+def model_panels(measured: dict[str, Any]) -> Iterator[tuple[str, list[dict]]]:
+    """Of a whole model, where one was measured: (title, rows)."""
+    if step := measured.get("step"):
+        rows = [
+            {"name": f"{kind['a_step']} x {kind['name']}"[:40], "us": kind["us_a_step"]}
+            for kind in step["kinds"]
+        ]
+        yield f"decode step at {step['context']}: {step['us']:.0f} us", rows
+    if prompts := measured.get("prefill"):
+        yield (
+            "prefill, whole model",
+            [
+                {
+                    "name": f"{row['prompt']} tokens",
+                    "us": row["ours_ms"] * 1e3,
+                    "rivals": {"PyTorch bf16, compiled": {"us": row["bf16_ms"] * 1e3}},
+                }
+                for row in prompts
+            ],
+        )
+
+
 def draw(measured: dict[str, Any], output: Path) -> None:
-    """One panel of horizontal bars for each group, of microseconds."""
+    """A panel for each group, of bars, but one of curves for each shape of gemm."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[dict]] = {}
     for row in measured["rows"]:
         groups.setdefault(row["group"], []).append(row)
-    lines = math.ceil(len(groups) / COLUMNS)
+    panels = [(bars, group, rows) for group, rows in groups.items() if group != "gemm"]
+    for shape, rows in by_shape(groups.get("gemm", [])).items():
+        panels.append((curves, f"gemm {shape}", rows))
+    panels += [(bars, title, rows) for title, rows in model_panels(measured)]
+    lines = math.ceil(len(panels) / COLUMNS)
     figure = Figure(figsize=(15, 4.5 * lines), layout="constrained")
     figure.suptitle(f"{measured['device']}, {measured['date']}, commit {measured['commit']}")
-    for place, (group, rows) in enumerate(groups.items(), 1):
+    for place, (panel, title, rows) in enumerate(panels, 1):
         axes = figure.add_subplot(lines, COLUMNS, place)
-        names = list(dict.fromkeys(name for row in rows for name in times(row)))
-        height = 0.8 / len(names)
-        for number, name in enumerate(names):
-            at = [y for y, row in enumerate(rows) if name in times(row)]
-            width = [times(rows[y])[name] for y in at]
-            bars = axes.barh([y + number * height for y in at], width, height, label=name)
-            axes.bar_label(bars, fmt="%.3g", fontsize="x-small", padding=2)
-        axes.set(title=group, xlabel="us")
-        axes.margins(x=0.08)
-        middle = height * (len(names) - 1) / 2
-        axes.set_yticks([y + middle for y in range(len(rows))], [row["name"] for row in rows])
-        axes.invert_yaxis()
+        panel(axes, rows)
+        axes.set_title(title)
         axes.legend(fontsize="small")
     figure.savefig(output, dpi=100)
 

@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from benchmarks.gpu_step import open_engine
 from command_line import Parser
+from runtime import cli
 from runtime.engine import Engine
+from runtime.errors import require_whole
 
 EPS = 1e-5
 Weights = tuple[torch.Tensor, ...]
@@ -117,29 +120,35 @@ def measure(engine: Engine, peer: Peer, length: int, repetitions: int) -> dict[s
     return {"prompt": length, "ours_ms": ours, "bf16_ms": bf16, "ratio": bf16 / ours}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="benchmarks.gpu_prefill", description=__doc__)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("-p", "--n-prompt", default="2048", metavar="N", help="lengths, by commas")
-    parser.add_argument("-r", "--repetitions", type=int, default=7, metavar="N")
-    parser.add_argument("--output", type=Path, help="write the rows as JSON there")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU that PyTorch can use; found none")
-    engine = Engine.load(args.artifact)
-    peer = Peer(json.loads((args.artifact / "config.json").read_text()))
+def compare(engine: Engine, lengths: Sequence[int], repetitions: int) -> list[dict[str, float]]:
+    """A row a length, shown as it is there."""
+    peer = Peer(json.loads((engine.artifact.path / "config.json").read_text(encoding="utf-8")))
     rows = []
-    for length in map(int, args.n_prompt.split(",")):
-        rows.append(measure(engine, peer, length, args.repetitions))
-        print(
-            "pp{prompt}: ours {ours_ms:.2f} ms, bf16 {bf16_ms:.2f} ms: {ratio:.2f} times".format(
-                **rows[-1]
-            ),
-            flush=True,
-        )
-    if args.output:
-        args.output.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    for length in lengths:
+        rows.append(measure(engine, peer, length, repetitions))
+        text = "pp{prompt}: ours {ours_ms:.2f} ms, bf16 {bf16_ms:.2f} ms: {ratio:.2f} times"
+        print(text.format(**rows[-1]), flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="benchmarks.gpu_prefill", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("artifact", type=Path, help="of compiler.build, for this GPU")
+    parser.add_argument("-p", "--n-prompt", default="2048", metavar="N",
+                        help="lengths, by commas (default: 2048)")  # fmt: skip
+    parser.add_argument("-r", "--repetitions", type=int, default=7, metavar="N",
+                        help="samples after one that does not count (default: 7)")  # fmt: skip
+    args = parser.parse_args(argv)
+
+    def body() -> None:
+        repetitions = require_whole("repetitions", args.repetitions, 1)
+        lengths = cli.whole_numbers("n-prompt", args.n_prompt)
+        engine = open_engine(args.artifact)
+        for length in lengths:
+            require_whole("n-prompt", length, 1, engine.artifact.context_length)
+        compare(engine, lengths, repetitions)
+
+    return cli.run(parser.prog, body)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,19 @@ def test_draws_the_kept_file(tmp_path, capsys):
     assert capsys.readouterr().out == f"{output}\n"
 
 
+def test_panels_of_a_whole_model():
+    kinds = [{"name": "norm_matmul_kernel", "a_step": 30, "us": 3.0, "us_a_step": 90.0}]
+    measured = {
+        "step": {"context": 512, "us": 764.7, "kinds": kinds},
+        "prefill": [{"prompt": 512, "ours_ms": 5.0, "bf16_ms": 4.0, "ratio": 0.8}],
+    }
+    (title, launches), (_, prompts) = gpu_plot.model_panels(measured)
+    assert title == "decode step at 512: 765 us"
+    assert [gpu_plot.times(row) for row in launches] == [{"ours": 90.0}]
+    assert list(gpu_plot.times(prompts[0]).values()) == [5000.0, 4000.0]
+    assert list(gpu_plot.model_panels({})) == []
+
+
 @pytest.mark.parametrize("text", [None, "no json", json.dumps({"rows": [{}]})])
 def test_refuses_other_files(tmp_path, capsys, text):
     file = tmp_path / "gpu.json"
