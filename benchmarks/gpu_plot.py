@@ -8,7 +8,7 @@ Needs matplotlib.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,33 @@ def curves(axes: Any, rows: list[dict]) -> None:
     axes.set_ylim(bottom=0)
 
 
+def number(us: float) -> str:
+    return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
+
+
+def batches(axes: Any, rows: list[dict]) -> None:
+    """Time over that of one token, the first row of one that a shape has here."""
+    for shape, of_shape in by_shape(rows).items():
+        us: dict[int, float] = {}
+        for row in of_shape:
+            us.setdefault(tokens(row), row["us"])
+        if 1 in us and len(us) > 1:
+            axes.plot(list(us), [x / us[1] for x in us.values()], "o-", label=shape)
+    axes.axhline(1.5, color="gray", linestyle=":")
+    axes.set(xscale="log", xlabel="tokens", ylabel="time over one token's")
+    axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.minorticks_off()
+
+
 def bars(axes: Any, rows: list[dict]) -> None:
     """Microseconds, horizontally."""
     names = list(dict.fromkeys(name for row in rows for name in times(row)))
     height = 0.8 / len(names)
-    for number, name in enumerate(names):
+    for place, name in enumerate(names):
         at = [y for y, row in enumerate(rows) if name in times(row)]
         width = [times(rows[y])[name] for y in at]
-        drawn = axes.barh([y + number * height for y in at], width, height, label=name)
-        axes.bar_label(drawn, fmt="%.3g", fontsize="x-small", padding=2)
+        drawn = axes.barh([y + place * height for y in at], width, height, label=name)
+        axes.bar_label(drawn, fmt=number, fontsize="x-small", padding=2)
     axes.set_xlabel("us")
     axes.margins(x=0.08)
     middle = height * (len(names) - 1) / 2
@@ -93,13 +111,20 @@ def model_panels(measured: dict[str, Any]) -> Iterator[tuple[str, list[dict]]]:
 
 
 def draw(measured: dict[str, Any], output: Path) -> None:
-    """A panel for each group, of bars, but one of curves for each shape of gemm."""
+    """A panel for each group, of bars; batches over one token's time, gemm by shape."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[dict]] = {}
     for row in measured["rows"]:
         groups.setdefault(row["group"], []).append(row)
-    panels = [(bars, group, rows) for group, rows in groups.items() if group != "gemm"]
+    panels: list[tuple[Callable, str, list[dict]]] = []
+    one_token, more = groups.pop("gemv", []), groups.pop("batch", [])
+    for bits in ("int8", "int4"):
+        of_bits = [row for row in one_token if row["name"].endswith(bits)]
+        panels += [(bars, f"one token, {bits}", of_bits)] if of_bits else []
+    if more:
+        panels.append((batches, "few tokens, int8", one_token + more))
+    panels += [(bars, group, rows) for group, rows in groups.items() if group != "gemm"]
     for shape, rows in by_shape(groups.get("gemm", [])).items():
         panels.append((curves, f"gemm {shape}", rows))
     panels += [(bars, title, rows) for title, rows in model_panels(measured)]
