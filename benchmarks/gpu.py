@@ -18,7 +18,7 @@ import datetime
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -212,19 +212,15 @@ def beside(function: Callable, case: Case) -> Case:
     return replace(case, published_us=None, rivals=rivals)
 
 
-def models(engine: Engine) -> dict:
-    """A decode step and prompts of a built model, as the file keeps them."""
+def models(engine: Engine) -> Iterator[dict]:
+    """A decode step, then prompts of a built model, as the file keeps them."""
+    facts = {"model": engine.artifact.model, "kv_bits": engine.kv_bits}
     length = engine.artifact.context_length
-    step = gpu_step.measure(engine, min(CONTEXT, length // 2))
-    gpu_step.show(step)
+    facts["step"] = gpu_step.measure(engine, min(CONTEXT, length - gpu_step.WARM - gpu_step.STEPS))
+    gpu_step.show(facts["step"])
+    yield facts
     prompts = [tokens for tokens in PROMPTS if tokens <= length]
-    rows = gpu_prefill.compare(engine, prompts, REPLAYS)
-    return {
-        "model": engine.artifact.model,
-        "kv_bits": engine.kv_bits,
-        "step": step,
-        "prefill": rows,
-    }
+    yield facts | {"prefill": gpu_prefill.compare(engine, prompts, REPLAYS)}
 
 
 def keep(output: Path | None, measured: dict) -> None:
@@ -255,8 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {"failed": failed, "rows": rows}
     output = args.output or (KEPT if args.only is None else None)
     keep(output, facts | found)
-    if args.engine:
-        keep(output, facts | models(args.engine) | found)
+    for of_model in models(args.engine) if args.engine else ():
+        keep(output, facts | of_model | found)
     is_clean = all(map(gpu_checks.is_clean, facts.get("sanitizers", {}).values()))
     return 0 if is_clean and not failed else 1
 
