@@ -30,6 +30,7 @@
 #include <unistd.h>
 
 enum { MAX_TASKS = 256, SPIN_NS = 5000, YIELD_NS = 50000, CACHE_LINE = 64, PAUSES = 16 };
+enum { MOVES_APART_NS = 1000000 };
 
 /* TVM's c_backend_api.h: the body of a loop runs the share task_id of env->num_task. */
 typedef struct {
@@ -51,6 +52,7 @@ typedef struct {
   atomic_int cpu;      /* where it last passed its gate, or may be waiting to run */
   atomic_int avoids;   /* a CPU of `allowed` that it may not run on just now, or -1 */
   cpu_set_t allowed;   /* those of the thread that made it */
+  int64_t moved;       /* ns, when the caller last moved it; the caller's alone */
   int task_id;
   pthread_t thread;
 } Worker;
@@ -144,6 +146,15 @@ static void move_off(Worker *worker, int cpu) {
     atomic_store(&worker->avoids, cpu);
 }
 
+/* Two changes of affinity take as long as a short launch does, and a caller that ends before its
+   worker, which short shares make likely, looks like one that a worker is queued behind. */
+static int may_move(Worker *worker) {
+  int64_t now = now_ns();
+  if (now - worker->moved < MOVES_APART_NS) return 0;
+  worker->moved = now;
+  return 1;
+}
+
 static void note_cpu(Worker *self) {
   if (atomic_exchange(&self->avoids, -1) >= 0)
     pthread_setaffinity_np(pthread_self(), sizeof self->allowed, &self->allowed);
@@ -174,6 +185,7 @@ static void start_workers(int count) {
     atomic_store(&worker->claimed, 0);
     atomic_store(&worker->cpu, sched_getcpu()); /* a new thread may be queued behind its maker */
     atomic_store(&worker->avoids, -1);
+    worker->moved = INT64_MIN / 2;
     if (pthread_getaffinity_np(pthread_self(), sizeof worker->allowed, &worker->allowed))
       CPU_ZERO(&worker->allowed); /* more CPUs than a set has: it stays where it is */
     worker->task_id = pool.num_workers + 1;
@@ -211,7 +223,7 @@ static int launch(Body body, void *closure, int num_task) {
   for (int i = 0; i < num_task - 1; ++i) {
     Worker *worker = &pool.workers[i];
     int is_asleep = atomic_load(&worker->gate.sleepers);
-    if (is_asleep || atomic_load(&worker->cpu) == cpu) move_off(worker, cpu);
+    if ((is_asleep || atomic_load(&worker->cpu) == cpu) && may_move(worker)) move_off(worker, cpu);
     open_gate(&worker->gate);
   }
   int failed = body(0, &pool.env, closure), taken = 0;
