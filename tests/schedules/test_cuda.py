@@ -78,7 +78,7 @@ def label(folder: str, args: tuple, end: tuple) -> str:
 
 @cache
 def functions(target: GpuTarget) -> tvm.IRModule:
-    """Kernels as a build hands them to TVM; function opi is KERNELS[i]."""
+    """Kernels as a build hands them to TVM; function op{i} is KERNELS[i]."""
     funcs = {}
     for i, (folder, args, end) in enumerate(KERNELS):
         if not families_of(folder, target.families):
