@@ -163,7 +163,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.target = find(args.target)
         args.nvcc = nvcc.find_nvcc(args.target)
         args.w2a8 = w2a8.load(args.w2a8) if args.w2a8 else None
-        args.engine = gpu_step.open_engine(args.artifact) if args.artifact else None
+        if args.artifact:
+            gpu_step.open_artifact(args.artifact, args.target.name)
     except (ValueError, w2a8.LibraryError) as refusal:
         parser.error(str(refusal))
     return args
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {"failed": failed, "rows": rows}
     output = args.output or (KEPT if args.only is None else None)
     keep(output, facts | found)
-    for of_model in models(args.engine) if args.engine else ():
+    for of_model in models(gpu_step.open_engine(args.artifact)) if args.artifact else ():
         keep(output, facts | of_model | found)
     is_clean = all(map(gpu_checks.is_clean, facts.get("sanitizers", {}).values()))
     return 0 if is_clean and not failed else 1

@@ -216,7 +216,7 @@ def mask(k: int, keep: int, m: int) -> Case:
 
 
 def cases(target: GpuTarget) -> Iterator[Case]:
-    for n, k in MICROSOFT:
+    for n, k in (*MICROSOFT, (6912, 2560)):
         yield matmul("gemv", n, k, 1)
     for n, k in (*MICROSOFT, (6912, 2560)):
         yield matmul("gemv", n, k, 1, act_bits=4, rivals=False)

@@ -32,7 +32,7 @@ SANITIZED = {
     "rms_norm": "test_matches_definition",
     "sample": "test_ties or test_what or test_no_number or test_a_nan or 40-1.0 or 7-0.01",
     "forms_sm90": "test_",
-    "few_sm90": "test_every_form",
+    "few_sm90": "test_every_form or test_both",
     "glu_matmul": "test_",
     "rope_matmul": "test_matches_definition",
     "norm_matmul": "test_matches_definition or test_keeps_the_largest",

@@ -59,11 +59,9 @@ def number(us: float) -> str:
 
 
 def batches(axes: Any, rows: list[dict]) -> None:
-    """Time over that of one token, the first row of one that a shape has here."""
+    """Time over that of one token, of the shapes that have one here."""
     for shape, of_shape in by_shape(rows).items():
-        us: dict[int, float] = {}
-        for row in of_shape:
-            us.setdefault(tokens(row), row["us"])
+        us = {tokens(row): row["us"] for row in of_shape}
         if 1 in us and len(us) > 1:
             axes.plot(list(us), [x / us[1] for x in us.values()], "o-", label=shape)
     axes.axhline(1.5, color="gray", linestyle=":")
@@ -123,7 +121,8 @@ def draw(measured: dict[str, Any], output: Path) -> None:
         of_bits = [row for row in one_token if row["name"].endswith(bits)]
         panels += [(bars, f"one token, {bits}", of_bits)] if of_bits else []
     if more:
-        panels.append((batches, "few tokens, int8", one_token + more))
+        of_int8 = [row for row in one_token + more if row["name"].endswith("int8")]
+        panels.append((batches, "few tokens, int8", of_int8))
     panels += [(bars, group, rows) for group, rows in groups.items() if group != "gemm"]
     for shape, rows in by_shape(groups.get("gemm", [])).items():
         panels.append((curves, f"gemm {shape}", rows))
@@ -147,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         draw(json.loads(args.file.read_text(encoding="utf-8")), args.output)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         parser.error(
             f"cannot draw {args.file}: {error}; possible: a file that benchmarks.gpu wrote"
         )

@@ -66,7 +66,7 @@ def summarize(launches: Sequence[Launch]) -> dict[str, Any]:
         {
             "name": name,
             "a_step": len(us) // len(steps),
-            "us": statistics.median(us),
+            "us": statistics.mean(us),
             "us_a_step": sum(us) / len(steps),
         }
         for name, us in sorted(charged.items(), key=lambda item: -sum(item[1]))
@@ -84,10 +84,18 @@ def open_engine(directory: Path) -> Engine:
     """At the artifact's context. Raises `RuntimeRefusal`, too, where it or PyTorch is no GPU's."""
     if not torch.cuda.is_available():
         raise RuntimeRefusal("needs a GPU that PyTorch can use, found none; possible: such a host")
-    target = Artifact.open(directory).target
-    if not target.startswith("cuda"):
-        raise RuntimeRefusal(f"artifact {directory}: is for {target}; possible: a cuda target's")
+    open_artifact(directory, "cuda")
     return Engine.load(directory)
+
+
+def open_artifact(directory: Path, target: str) -> Artifact:
+    """Raises `RuntimeRefusal` where its target's name begins otherwise."""
+    artifact = Artifact.open(directory)
+    if not artifact.target.startswith(target):
+        raise RuntimeRefusal(
+            f"artifact {directory}: is for {artifact.target}; possible: one for {target}"
+        )
+    return artifact
 
 
 def measure(engine: Engine, context: int) -> dict[str, Any]:

@@ -32,7 +32,17 @@ def test_panels_of_a_whole_model():
     assert list(gpu_plot.model_panels({})) == []
 
 
-@pytest.mark.parametrize("text", [None, "no json", json.dumps({"rows": [{}]})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "no json",
+        "[]",
+        "5",
+        json.dumps({"rows": [{}]}),
+        json.dumps({"rows": [{"group": "gemm", "name": "x"}]}),
+    ],
+)
 def test_refuses_other_files(tmp_path, capsys, text):
     file = tmp_path / "gpu.json"
     if text is not None:

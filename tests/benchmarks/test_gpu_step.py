@@ -45,7 +45,7 @@ def test_refusals(tmp_path, command, monkeypatch, capsys):
     monkeypatch.setattr(gpu_step.Artifact, "open", lambda *_: other)
     assert command.main([str(tmp_path)]) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "is for x86-avx2; possible: a cuda target's" in line
+    assert line.count("\n") == 1 and "is for x86-avx2; possible: one for cuda" in line
 
 
 def test_without_a_gpu(monkeypatch, capsys):

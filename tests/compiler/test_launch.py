@@ -141,7 +141,8 @@ int main(void) {
   atomic_store(&pool.workers[0].cpu, cpu);
   launch(share, 0, 2);
   printf("%d %d ", atomic_load(&worker_cpu) != cpu, CPU_EQUAL(&mask, &all));
-  pool.workers[0].moved = 0; /* long ago */
+  printf("%d ", pool.workers[0].moved > 0); /* the launch asked whether it may */
+  pool.workers[0].moved = 0;                /* long ago */
   int first = may_move(&pool.workers[0]), again = may_move(&pool.workers[0]);
   printf("%d %d ", first, again);
   move_off(&pool.workers[0], cpu);
@@ -194,7 +195,7 @@ def test_a_worker_does_not_wake_on_the_callers_cpu(tmp_path):
     source, program = tmp_path / "same.c", tmp_path / "same"
     source.write_text(LAUNCH.read_text() + SAME_CPU)
     subprocess.run(["gcc", "-pthread", "-o", program, source], check=True)
-    assert subprocess.run([program], capture_output=True, text=True).stdout == "1 1 1 0 0\n"
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "1 1 1 1 0 0\n"
 
 
 def test_tvm_does_not_find_the_pointer(library):
