@@ -33,8 +33,9 @@ def run(work=0):
 
 def run_by(count):
     "As `run`, until every worker has come in time to have its share."
-    threads = run(200000)
-    return threads if len(set(threads)) == count else run_by(count)
+    while len(set(threads := run(200000))) != count:
+        pass
+    return threads
 """
 
 CASES = {
