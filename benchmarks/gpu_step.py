@@ -66,7 +66,6 @@ def summarize(launches: Sequence[Launch]) -> dict[str, Any]:
         {
             "name": name,
             "a_step": len(us) // len(steps),
-            "us": statistics.mean(us),
             "us_a_step": sum(us) / len(steps),
         }
         for name, us in sorted(charged.items(), key=lambda item: -sum(item[1]))
@@ -125,7 +124,8 @@ def show(step: dict[str, Any]) -> None:
         f"{step['steps']} steps), {step['launches']} launches"
     )
     for kind in step["kinds"]:
-        print("  {a_step:4} x {us:7.2f} us = {us_a_step:7.1f} us  {name}".format(**kind))
+        us = kind["us_a_step"] / kind["a_step"]
+        print(f"  {kind['a_step']:4} x {us:7.2f} us = {kind['us_a_step']:7.1f} us  {kind['name']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 /* Launches of parallel loops: linked into every compiled library, in place of TVM's thread pool.
 
    A kernel's `T.parallel` calls through the pointer __TVMBackendParallelLaunch, a weak symbol that
-   TVM's loader looks up and fills with its own pool, whose launch takes twice as long. Here the symbol
+   TVM's loader looks up and fills with its own pool, whose launch took twice as long. Here the symbol
    is strong and hidden: the kernels bind to it and the loader does not find it.
 
        launch(body):   num_task = TVM_NUM_THREADS     read each time, as TVM does

@@ -20,7 +20,7 @@ def steps(count, gap=1000.0):
 def test_launches_add_up_to_the_span():
     found = gpu_step.summarize(steps(4))
     assert (found["us"], found["range_us"], found["steps"], found["launches"]) == (7, [7, 7], 4, 2)
-    assert [(kind["name"], kind["a_step"], kind["us"]) for kind in found["kinds"]] == [
+    assert [(kind["name"], kind["a_step"], kind["us_a_step"]) for kind in found["kinds"]] == [
         ("matmul", 1, 5),
         ("norm", 1, 2),
     ]
