@@ -3,6 +3,8 @@
     python -m benchmarks.gpu                      everything: a table, and benchmarks/gpu.json
     python -m benchmarks.gpu --check --sanitize   the tests and compute-sanitizer before
     python -m benchmarks.gpu --only gemv gemm     some groups, no file; --only alone: none
+    python -m benchmarks.gpu --sanitize racecheck --only --output benchmarks/gpu.json
+                                                  one more part into the file of the same commit
     python -m benchmarks.gpu --w2a8 libbitnet.so  Microsoft's GEMV beside ours, of the user's build
     python -m benchmarks.gpu --artifact DIR       a built model's decode step and prompts, too
 
@@ -44,6 +46,7 @@ CALLS = (20, 400)  # of a kernel in one graph, at least and at most
 REPLAYS = 15
 PROCESSES = 12
 CONTEXT, PROMPTS = 512, (512, 2048)  # of a whole model
+MODEL_PARTS = "step", "prefill"
 KEPT = Path("benchmarks/gpu.json")
 
 
@@ -146,15 +149,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--check", action="store_true", help="run the tests of tests/schedules on the GPU first")
-    add("--sanitize", action="store_true", help="run them under compute-sanitizer, too")
+    add("--sanitize", nargs="*", choices=gpu_checks.TOOLS, metavar="TOOL",
+        help=f"run them under compute-sanitizer, too ({', '.join(gpu_checks.TOOLS)}; "
+        "default: both)")  # fmt: skip
     add("--only", nargs="*", choices=GROUPS, metavar="GROUP",
-        help=f"time these groups ({', '.join(GROUPS)}); keeps no file")  # fmt: skip
+        help=f"time these groups ({', '.join(GROUPS)}); keeps no file unless --output names one"
+        )  # fmt: skip
     add("--target", default="cuda", metavar="ROW", help="whose kernels (default: this GPU's)")
     add("--w2a8", type=Path, metavar="FILE", help="Microsoft's libbitnet.so, in place of its "
         "published times")  # fmt: skip
     add("--artifact", type=Path, metavar="DIR", help="a model of compiler.build for this GPU: "
         "time its decode step and prompts, too")  # fmt: skip
-    add("--output", type=Path, metavar="FILE", help=f"default: {KEPT}, if all groups are timed")
+    add("--output", type=Path, metavar="FILE", help=f"default: {KEPT}, if all groups are timed; "
+        "what it has of the same commit, GPU and target stays where it is not measured anew"
+        )  # fmt: skip
     add("--commit", help="where the checkout is no repository")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -175,8 +183,8 @@ def check(args: argparse.Namespace) -> dict:
     found: dict = {}
     if args.check:
         found["tests"] = gpu_checks.run_tests(PROCESSES)
-    if args.sanitize:
-        found["sanitizers"] = gpu_checks.sanitize(gpu_checks.TOOLS, PROCESSES)
+    if args.sanitize is not None:
+        found["sanitizers"] = gpu_checks.sanitize(args.sanitize or gpu_checks.TOOLS, PROCESSES)
     for name, result in found.items():
         print(f"{name}: {result}", flush=True)
     return found
@@ -197,9 +205,7 @@ def measure(
             rows.append(run(bench, case, kernel.result()))
             torch.cuda.empty_cache()
         except Exception as failure:  # the other cases' results must not be lost
-            failed.append(case.name)
-            kind = "WRONG" if isinstance(failure, AssertionError) else type(failure).__name__
-            print(f"{kind} {case.group} {case.name}: {str(failure)[:400]}", flush=True)
+            failed.append(told(f"{case.group} {case.name}", failure))
     return rows, failed
 
 
@@ -213,15 +219,55 @@ def beside(function: Callable, case: Case) -> Case:
     return replace(case, published_us=None, rivals=rivals)
 
 
-def models(engine: Engine) -> Iterator[dict]:
-    """A decode step, then prompts of a built model, as the file keeps them."""
-    facts = {"model": engine.artifact.model, "kv_bits": engine.kv_bits}
+def measure_model(engine: Engine, found: dict) -> Iterator[None]:
+    """Into `found`, a part at a time: a decode step, then prompts of a built model."""
     length = engine.artifact.context_length
-    facts["step"] = gpu_step.measure(engine, min(CONTEXT, length - gpu_step.WARM - gpu_step.STEPS))
-    gpu_step.show(facts["step"])
-    yield facts
-    prompts = [tokens for tokens in PROMPTS if tokens <= length]
-    yield facts | {"prefill": gpu_prefill.compare(engine, prompts, REPLAYS)}
+    found |= {"model": engine.artifact.model, "kv_bits": engine.kv_bits}
+    found["library_sha256"] = engine.artifact.manifest["library"]["sha256"]
+    context = min(CONTEXT, length - gpu_step.WARM - gpu_step.STEPS)
+    calls: tuple[Callable, ...] = (
+        lambda: gpu_step.measure(engine, context),
+        lambda: gpu_prefill.compare(engine, [n for n in PROMPTS if n <= length], REPLAYS),
+    )
+    for part, call in zip(MODEL_PARTS, calls, strict=True):
+        found.pop(part, None)
+        try:
+            found[part] = call()
+        except Exception as failure:  # the other part's result must not be lost
+            found["failed"].append(told(part, failure))
+        yield
+
+
+def told(case: str, failure: Exception) -> str:
+    kind = "WRONG" if isinstance(failure, AssertionError) else type(failure).__name__
+    print(f"{kind} {case}: {str(failure)[:400]}", flush=True)
+    return case
+
+
+def earlier(output: Path, facts: dict) -> dict:
+    """What the file has already of this commit, GPU and target."""
+    try:
+        kept = json.loads(output.read_text(encoding="utf-8"))
+        is_same = all(kept[name] == facts[name] for name in ("commit", "device", "target"))
+    except (OSError, ValueError, TypeError, LookupError):
+        return {}
+    is_known = not facts["commit"].endswith(("-dirty", "unknown"))
+    return kept if is_same and is_known else {}
+
+
+def join(kept: dict, measured: dict, replaced: Sequence[str]) -> dict:
+    """`kept`, with `measured` in the place of its groups and parts that are `replaced`."""
+
+    def others(cases: list, group_of: Callable) -> list:
+        return [case for case in cases if group_of(case) not in replaced]
+
+    joined = kept | measured
+    if sanitizers := kept.get("sanitizers", {}) | measured.get("sanitizers", {}):
+        joined["sanitizers"] = sanitizers
+    failed = others(kept.get("failed", []), lambda case: case.split()[0])
+    joined["failed"] = failed + measured["failed"]
+    joined["rows"] = others(kept.get("rows", []), lambda row: row["group"]) + measured["rows"]
+    return joined
 
 
 def keep(output: Path | None, measured: dict) -> None:
@@ -247,15 +293,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "read_gb_per_s": bench.read_bandwidth / 1e9,
     }
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    output = args.output or (KEPT if args.only is None else None)
     groups = GROUPS if args.only is None else args.only
     rows, failed = measure(bench, groups, args.w2a8)
-    found = {"failed": failed, "rows": rows}
-    output = args.output or (KEPT if args.only is None else None)
-    keep(output, facts | found)
-    for of_model in models(gpu_step.open_engine(args.artifact)) if args.artifact else ():
-        keep(output, facts | of_model | found)
+    replaced = (*groups, *(MODEL_PARTS if args.artifact else ()))
+    kept = earlier(output, facts) if output else {}
+    found = join(kept, facts | {"failed": failed, "rows": rows}, replaced)
+    keep(output, found)
+    if args.artifact:
+        for _ in measure_model(gpu_step.open_engine(args.artifact), found):
+            keep(output, found)
     is_clean = all(map(gpu_checks.is_clean, facts.get("sanitizers", {}).values()))
-    return 0 if is_clean and not failed else 1
+    return 0 if is_clean and not found["failed"] else 1
 
 
 if __name__ == "__main__":

@@ -221,9 +221,10 @@ def cases(target: GpuTarget) -> Iterator[Case]:
         yield matmul("gemv", n, k, 1)
     for n, k in ONE_TOKEN:
         yield matmul("gemv", n, k, 1, act_bits=4, rivals=False)
-    for m in (2, 4, 8, 16):
-        for n, k in ONE_TOKEN:
-            yield matmul("batch", n, k, m, rivals=False)
+    for act_bits in (8, 4):
+        for m in (2, 4, 8, 16):
+            for n, k in ONE_TOKEN:
+                yield matmul("batch", n, k, m, act_bits, rivals=False)
     for m in (128, 256, 512, 1024, 2048, 4096):
         for n, k in ((13824, 2560), (2560, 6912), (3840, 2560)):
             yield matmul("gemm", n, k, m)

@@ -117,12 +117,13 @@ def draw(measured: dict[str, Any], output: Path) -> None:
         groups.setdefault(row["group"], []).append(row)
     panels: list[tuple[Callable, str, list[dict]]] = []
     one_token, more = groups.pop("gemv", []), groups.pop("batch", [])
-    for bits in ("int8", "int4"):
-        of_bits = [row for row in one_token if row["name"].endswith(bits)]
-        panels += [(bars, f"one token, {bits}", of_bits)] if of_bits else []
-    if more:
-        of_int8 = [row for row in one_token + more if row["name"].endswith("int8")]
-        panels.append((batches, "few tokens, int8", of_int8))
+    for panel, title, rows in (
+        (bars, "one token", one_token),
+        (batches, "few tokens", one_token + more if more else []),
+    ):
+        for bits in ("int8", "int4"):
+            of_bits = [row for row in rows if row["name"].endswith(bits)]
+            panels += [(panel, f"{title}, {bits}", of_bits)] if of_bits else []
     panels += [(bars, group, rows) for group, rows in groups.items() if group != "gemm"]
     for shape, rows in by_shape(groups.get("gemm", [])).items():
         panels.append((curves, f"gemm {shape}", rows))
@@ -134,7 +135,8 @@ def draw(measured: dict[str, Any], output: Path) -> None:
         axes = figure.add_subplot(lines, COLUMNS, place)
         panel(axes, rows)
         axes.set_title(title)
-        axes.legend(fontsize="small")
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(fontsize="small")
     figure.savefig(output, dpi=100)
 
 

@@ -98,7 +98,7 @@ def open_artifact(directory: Path, target: str) -> Artifact:
 
 
 def measure(engine: Engine, context: int) -> dict[str, Any]:
-    """STEPS decode steps behind `context` random tokens, those of one row (batch 1)."""
+    """STEPS decode steps, batch 1, behind `context` random tokens; shown as they are there."""
     ids = np.random.default_rng(0).integers(0, engine.shape.vocab_size, context).tolist()
     engine.prefill(ids)
     token = ids[0]
@@ -114,7 +114,9 @@ def measure(engine: Engine, context: int) -> dict[str, Any]:
         for event in profiled.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name
     ]
-    return {"context": context, **summarize(launches)}
+    found = {"context": context, **summarize(launches)}
+    show(found)
+    return found
 
 
 def show(step: dict[str, Any]) -> None:
@@ -138,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         engine = open_engine(args.artifact)
         require_whole("context", args.context, 1, engine.artifact.context_length - WARM - STEPS)
-        show(measure(engine, args.context))
+        measure(engine, args.context)
 
     return cli.run(parser.prog, body)
 

@@ -41,10 +41,27 @@ def test_summaries_are_added(sanitizer, capsys):
     assert complaints.count("Race reported") == files and "memcheck" not in complaints
 
 
-def test_tests_that_fail_are_told(sanitizer, monkeypatch):
-    monkeypatch.setenv("CODE", "1")
-    with pytest.raises(gpu_checks.CheckError, match="sanitize: memcheck of "):
-        gpu_checks.sanitize(("memcheck",), 1)
+def test_files_without_a_good_end_are_told_and_lose_no_other(sanitizer, monkeypatch, capsys):
+    selected = gpu_checks.SANITIZED["glu_matmul"]
+    files = {"glu_matmul": selected, "rope": "fails", "embedding": "hangs"}
+    monkeypatch.setattr(gpu_checks, "SANITIZED", files)
+    monkeypatch.setattr(gpu_checks, "MINUTES", 1 / 60)
+    program = Path(gpu_checks.find_sanitizer())
+    ends = 'case "$*" in *fails*) echo "1 failed"; exit 1;; *hangs*) sleep 60;; esac'
+    program.write_text(program.read_text().replace("#!/bin/sh", f"#!/bin/sh\n{ends}"))
+    found = gpu_checks.sanitize(("memcheck",), 1)["memcheck"]
+    assert found == "1 files: 0 errors; unfinished: rope embedding"
+    assert not gpu_checks.is_clean(found)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "sanitize: memcheck of rope: 1 failed"
+    assert told[1].startswith("sanitize: memcheck of embedding: no end within")
+
+
+def test_what_a_command_started_ends_with_it():
+    """A child that holds the pipe would keep the run from its end, and the GPU busy."""
+    code, _ = gpu_checks.finish(["sh", "-c", "sleep 600 & sleep 600"], 0.2)
+    assert code is None
+    assert gpu_checks.finish(["sh", "-c", "echo out; exit 3"], 60) == (3, "out\n")
 
 
 def test_no_sanitizer(monkeypatch):
