@@ -83,6 +83,12 @@ def add_neighbours(a: Expr, b: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.phadd.d", a, b)
 
 
+def nonzero_bytes(bytes_: Expr) -> Expr:
+    """vpcmpeqb, vpmovmskb: bit j of an int32 is whether int8 j of 32 is not zero."""
+    ones = T.cast(bytes_ != splat("int8", 0, 32), "int8x32")
+    return T.call_llvm_pure_intrin("int32", "llvm.x86.avx2.pmovmskb", splat("int8", 0, 32) - ones)
+
+
 def halves(vector: Expr, dtype: str) -> tuple[Expr, Expr]:
     """The two halves of a register, `dtype` theirs."""
     return T.vectorlow(dtype, vector), T.vectorhigh(dtype, vector)

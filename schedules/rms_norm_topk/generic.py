@@ -12,8 +12,9 @@
     tile | value    | bound by
     L    | lanes(8) | the accumulators of rms_norm, shared with it
 
-k = K skips the selection. A row's scratch is 4 K bytes (28 KB at K = 6912, within L1).
-Measured: not yet.
+k = K skips the selection. A row's scratch is 4 K bytes (28 KB at K = 6912, within L1). Families
+that list several columns at once are this kernel with another `list_first`.
+Measured: avx512vnni.py and avx2.py, whose norm and selection it is.
 """
 
 import operator
@@ -35,9 +36,17 @@ from schedules.rms_norm.generic import (
 from schedules.targets import CpuTarget
 
 MAGNITUDE = 0x7FFFFFFF  # a float32 without its sign
+# (q, index, found, m, k) lists row m from column 0 on as far as whole vectors go: how far that is
+ListFirst = Callable[..., int]
 
 
-def kernel(k: int, keep: int, eps: float, target: CpuTarget) -> PrimFunc:
+def list_none(q, index, found, m, k: int) -> int:
+    return 0
+
+
+def kernel(
+    k: int, keep: int, eps: float, target: CpuTarget, *, list_first: ListFirst = list_none
+) -> PrimFunc:
     """(x, gain, q, scale, index, count) for rows of k columns of which the `keep` largest stay."""
     if not 1 <= keep <= k:
         raise ValueError(f"rms_norm_topk: keep {keep} asked, rows have {k} columns")
@@ -56,7 +65,7 @@ def kernel(k: int, keep: int, eps: float, target: CpuTarget) -> PrimFunc:
         scale[m] = int8_scale(facts[1])
         facts[2] = int8_factor(facts[1])
         write_codes(x, gain, q, facts, m)
-        list_nonzero(q, index, count, k, m)
+        list_nonzero(q, index, count, m, k, list_first)
 
     @T.prim_func(s_tir=True)
     def rms_norm_topk(
@@ -84,15 +93,15 @@ def kernel(k: int, keep: int, eps: float, target: CpuTarget) -> PrimFunc:
     return rms_norm_topk
 
 
-@T.inline
-def list_nonzero(q, index, count, k, m):
-    """index[m, :count[m]] = columns of non-zero q; count <= i keeps every store in the row."""
+def list_nonzero(q, index, count, m, k: int, list_first: ListFirst) -> None:
+    """index[m, :count[m]] = columns of non-zero q. Before column i count <= i, so that a store of
+    as many columns as are looked at stays within the row."""
     found = T.alloc_buffer((1,), "int32", scope="local")
-    found[0] = 0
-    for i in T.serial(k):
-        index[m, found[0]] = i
-        found[0] = found[0] + T.cast(q[m, i] != T.int8(0), "int32")
-    count[m] = found[0]
+    store(found, (0,), T.int32(0))
+    with T.serial(list_first(q, index, found, m, k), k) as i:
+        store(index, (m, found[0]), i)
+        store(found, (0,), found[0] + T.cast(q[m, i] != T.int8(0), "int32"))
+    store(count, (m,), found[0])
 
 
 def _all_codes(k: int, lanes: int) -> Callable:

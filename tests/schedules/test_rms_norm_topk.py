@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from schedules.targets import TARGETS
-from tests.schedules.compiled import ROWS, compiled, every_gpu, every_target, params
+from tests.schedules.compiled import (
+    ROWS,
+    compiled,
+    every_cpu,
+    every_gpu,
+    every_target,
+    params,
+)
 from tests.schedules.matmul_reference import module
 from tests.schedules.test_rms_norm import EPS, F32, int8, norm, rows
 
+EVERY_CPU = pytest.mark.parametrize("target", params(every_cpu("rms_norm_topk")))
 EVERY_GPU = pytest.mark.parametrize("target", params(every_gpu("rms_norm_topk")))
 EVERY_TARGET = pytest.mark.parametrize("target", every_target("rms_norm_topk"))
 
@@ -97,6 +105,21 @@ def test_kept_columns_that_round_to_zero_are_not_listed(target):
 
 
 @EVERY_TARGET
+@pytest.mark.parametrize("k", [16, 31, 32, 33, 64, 100, 264])
+def test_lists_of_every_density(k, target):
+    """None, all, the first and the last column, each column alone, and shares between; both with
+    ties to take back and without. Vectors of 8, 16 and 32 columns with and without a rest."""
+    rng, x = np.random.default_rng(k), np.zeros((20, k), F32)
+    x[1] = 1
+    x[2, 0] = x[3, -1] = x[4, ::2] = x[5, 1::2] = x[6, k // 2 :] = 1
+    for row in range(7, 20):
+        x[row] = rng.choice(F32([-1, 0, 1]), k, p=[row / 40, 1 - row / 20, row / 40])
+    x = np.concatenate([x, np.eye(k, dtype=F32)])
+    for keep in (1, k // 2, k):
+        check(x, np.ones(k, F32), keep, target)
+
+
+@EVERY_TARGET
 @given(
     x=arrays(F32, (3, 17), elements=st.floats(-(2.0**99), 2.0**99, width=32)),
     keep=st.sampled_from([1, 8, 16, 17]),
@@ -118,6 +141,19 @@ def test_nan_stays_in_its_row(target):
         alone = topk_int8(norm(x[row : row + 1], np.ones(100, F32)), 50)
         np.testing.assert_array_equal(q[row], alone[0][0])
         np.testing.assert_array_equal(scale[row], alone[1][0])
+
+
+@EVERY_CPU
+@pytest.mark.parametrize("keep", [50, 100])
+def test_codes_of_nan_are_listed_as_they_are(keep, target):
+    x = rows(4, 100, seed=0)
+    x[1, ::7] = x[2] = x[3, -1] = np.nan
+    outputs = np.full((4, 100), 99, np.int8), np.zeros(4, F32)
+    lists = np.full((4, 100), -7, np.int32), np.full(4, -7, np.int32)
+    run = built(100, keep, EPS, target.name)
+    q, _, index, count = run(x, np.ones(100, F32), *outputs, *lists)[2:]
+    for row in range(4):
+        np.testing.assert_array_equal(index[row, : count[row]], np.flatnonzero(q[row]))
 
 
 @pytest.mark.parametrize("target", ["generic", "cuda-sm90"])
