@@ -10,7 +10,7 @@
 `pext` in place of the table was no quicker, and is microcoded on Zen 1 and 2; a table of 4 columns
 at a time was slower.
 Measured: Zen 4, 2 cores, 2026-11-23, one row, medians of interleaved calls, us: 2560 columns, 1280
-kept, 2.71 (the list one column at a time 3.41); 6912 at 84 % zeros, all kept, 2.58 (4.56).
+kept, 2.38; 6912 at 84 % zeros, all kept, 2.58 (the list one column at a time 4.56).
 """
 
 from functools import partial

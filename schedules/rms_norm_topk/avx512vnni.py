@@ -7,7 +7,7 @@
 `vpcompressd` to a register: to memory it is microcoded on Zen 4. The list in the loop that writes
 the codes, where all columns are kept, measured 3 % slower.
 Measured: Zen 4, 2 cores, 2026-11-23, one row, medians of interleaved calls, us: 2560 columns, 1280
-kept, 2.98 (the list one column at a time 3.83); 6912 at 84 % zeros, all kept, 2.24 (4.50).
+kept, 2.61; 6912 at 84 % zeros, all kept, 2.24 (the list one column at a time 4.50).
 """
 
 from functools import partial
