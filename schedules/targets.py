@@ -120,6 +120,7 @@ def gpu(
 X86_V3 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")
 X86_VNNI = (*X86_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
 X86_VBMI = (*X86_VNNI, "avx512vbmi")
+X86_ZEN4 = (*X86_VBMI, "avx512_bf16", "sse4a")  # Ice Lake lacks the one, Intel's all the other
 
 
 def x86(
@@ -223,11 +224,21 @@ TARGETS: dict[str, TargetSpec] = {
             32,
             512,
         ),
-        # Ice Lake, Tiger Lake (48, 512 and more), Zen 4 (32, 1024)
+        # Ice Lake, Tiger Lake (48, 512 and more)
         x86(
             "x86-avx512vbmi",
             ("avx512vbmi", "avx512vnni", "avx2"),
             X86_VBMI,
+            {"mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+avx512vbmi"]},
+            512,
+            32,
+            512,
+        ),
+        # Zen 4 and later (32, 1024): the kernels of the row above, memory asked for otherwise
+        x86(
+            "x86-zen4",
+            ("zen4", "avx512vbmi", "avx512vnni", "avx2"),
+            X86_ZEN4,
             {"mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+avx512vbmi"]},
             512,
             32,

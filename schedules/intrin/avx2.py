@@ -14,6 +14,7 @@ from schedules.intrin.lanes import constant as constant
 from schedules.intrin.lanes import like as like
 from schedules.intrin.lanes import load as load
 from schedules.intrin.lanes import prefetch as prefetch
+from schedules.intrin.lanes import prefetches_into_l2 as prefetches_into_l2
 from schedules.intrin.lanes import registers as registers
 from schedules.intrin.lanes import splat as splat
 from schedules.intrin.lanes import store as store

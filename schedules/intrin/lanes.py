@@ -1,6 +1,10 @@
 """Vectors of any machine as TVMScript expressions: loads, stores and what needs no instruction of
 its own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -54,8 +58,23 @@ def constant(dtype: str, values: list[int]) -> Expr:
     return T.Shuffle([T.cast(T.int32(v), dtype) for v in values], list(range(len(values))))
 
 
+L1, L2 = 3, 2  # what LLVM calls the locality of a prefetch that fills L1, or L2 alone
+_filled: ContextVar[int] = ContextVar("filled", default=L1)
+
+
+@contextmanager
+def prefetches_into_l2() -> Iterator[None]:
+    """What is parsed within asks for lines into L2: the few misses that L1 may have at once are
+    left to loads. Also a decorator of a kernel's factory."""
+    before = _filled.set(L2)
+    try:
+        yield
+    finally:
+        _filled.reset(before)
+
+
 def prefetch(buffer, *index: Expr | int) -> None:
     """Ask for the cache line at an index, which may lie past the end; never faults."""
-    read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
+    read, locality, data = T.int32(0), T.int32(_filled.get()), T.int32(1)
     address = T.address_of(buffer[index])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, all_levels, data))
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, locality, data))
