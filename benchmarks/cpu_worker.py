@@ -154,15 +154,22 @@ class Kernels:
         return [partial(kernel, out)] * copies
 
     def stream(self, nbytes: int):
-        """Read memory and do nothing else: what the floor of every other time is made of."""
-        from benchmarks.stream import kernel
+        """Read memory and do nothing else, in every form: what each floor is made of."""
+        from benchmarks.stream import FORMS, kernel
 
         memory = aligned((nbytes,), "int8")
         memory[:] = 1
         self.nbytes = nbytes
         out = aligned((256, 16), "int32")
-        read = self.link(kernel(nbytes, self.target))
-        return [partial(read, *map(self.tvm.runtime.from_dlpack, (memory, out)))]
+        tensors = [self.tvm.runtime.from_dlpack(array) for array in (memory, out)]
+        return [partial(self.link(kernel(nbytes, self.target, *form)), *tensors) for form in FORMS]
+
+
+def seconds_of(calls: list) -> float:
+    started = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - started) / len(calls)
 
 
 class Ours:
@@ -173,6 +180,7 @@ class Ours:
         self.kernels: Kernels | None = None
         self.target = "native"
         self.calls: list = []
+        self.are_forms = False  # of one read, not copies of one kernel's weights
 
     def use_target(self, name: str) -> dict:
         """Whose kernels `prepare` builds from now on."""
@@ -214,15 +222,15 @@ class Ours:
         self.kernels = self.kernels or Kernels(self.target)
         self.calls = []
         self.calls = getattr(self.kernels, kind)(**arguments)
+        self.are_forms = kind == "stream"
         return {"bytes": self.kernels.nbytes}
 
     def kernel(self, threads: int) -> dict:
-        """Seconds of a call, mean over the copies of its weights."""
+        """Seconds of a call, mean over the copies of its weights; of forms, the quickest's."""
         tvm_runtime.use_threads(threads)
-        started = time.perf_counter()
-        for call in self.calls:
-            call()
-        return {"seconds": (time.perf_counter() - started) / len(self.calls)}
+        if self.are_forms:
+            return {"seconds": min(seconds_of([call]) for call in self.calls)}
+        return {"seconds": seconds_of(self.calls)}
 
 
 if __name__ == "__main__":

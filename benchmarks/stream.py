@@ -1,45 +1,53 @@
-"""A streaming read: every thread reads a share of the memory as several runs, prefetched.
+"""A streaming read: every thread reads a share of the memory as one run or several at once.
 
-The best that this host's memory gives a kernel that reads each byte once; the sums are kept so
-that no read can be left out.
+The best that this host's memory gives a kernel that reads each byte once. Which form that is
+differs: a Xeon wants runs that are prefetched, over the ends of pages; Zen 4 one or two that are
+left to its own prefetchers, or lines asked for into L2. The sums are kept so that no read can be
+left out.
 """
+
+from contextlib import nullcontext
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.intrin import threads
+from schedules.intrin.lanes import prefetch, prefetches_into_l2
 from schedules.targets import CpuTarget
 
-RUNS = 8  # of memory at once: what the kernels found best
-AHEAD = 2048  # bytes
+# (runs of memory at once, bytes ahead that lines are asked for, into L2 alone): a read is the
+# quickest of these
+FORMS = ((1, 0, False), (2, 0, False), (4, 2048, True), (8, 2048, False))
 LINE = 64
 
 
-def kernel(nbytes: int, target: CpuTarget) -> PrimFunc:
+def kernel(nbytes: int, target: CpuTarget, runs: int, ahead: int, into_l2: bool) -> PrimFunc:
+    """(memory, out): out[:, :16] of each thread, xored over all, are those of memory's lines."""
     lines = nbytes // LINE
 
-    @T.prim_func(s_tir=True)
-    def stream(memory: T.Buffer((nbytes,), "int8"), out: T.Buffer((256, 16), "int32")):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        with T.sblock("root"):
-            tasks = T.min(threads.count(), 256)
-            for task in T.parallel(tasks):
-                sums = T.alloc_buffer((16,), "int32", scope="local")
-                first = T.cast(threads.share(T.int64(lines), task, tasks), "int64")
-                last = T.cast(threads.share(T.int64(lines), task + 1, tasks), "int64")
-                sums[T.ramp(0, 1, 16)] = T.broadcast(0, 16)
-                for i in T.serial((last - first) // RUNS):
-                    for run in T.unroll(RUNS):
-                        at = (first + run * ((last - first) // RUNS) + i) * LINE
-                        T.evaluate(
-                            T.call_llvm_intrin(
-                                "void", "llvm.prefetch", T.address_of(memory[at + AHEAD]),
-                                T.int32(0), T.int32(3), T.int32(1),
-                            )
-                        )  # fmt: skip
-                        sums[T.ramp(0, 1, 16)] = sums[T.ramp(0, 1, 16)] ^ T.reinterpret(
-                            "int32x16", memory[T.ramp(at, 1, LINE)]
-                        )
-                out[task, T.ramp(0, 1, 16)] = sums[T.ramp(0, 1, 16)]
+    def read(sums, memory, line, is_ahead: bool):
+        if is_ahead:
+            prefetch(memory, line * LINE + ahead)
+        value = T.reinterpret("int32x16", memory[T.ramp(line * LINE, 1, LINE)])
+        T.buffer_store(sums, sums[T.ramp(0, 1, 16)] ^ value, [T.ramp(0, 1, 16)])
+
+    with prefetches_into_l2() if into_l2 else nullcontext():
+
+        @T.prim_func(s_tir=True)
+        def stream(memory: T.Buffer((nbytes,), "int8"), out: T.Buffer((256, 16), "int32")):
+            T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+            with T.sblock("root"):
+                tasks = T.min(threads.count(), 256)
+                for task in T.parallel(tasks):
+                    sums = T.alloc_buffer((16,), "int32", scope="local")
+                    first = T.cast(threads.share(T.int64(lines), task, tasks), "int64")
+                    last = T.cast(threads.share(T.int64(lines), task + 1, tasks), "int64")
+                    sums[T.ramp(0, 1, 16)] = T.broadcast(0, 16)
+                    for i in T.serial((last - first) // runs):
+                        for run in T.unroll(runs):
+                            read(sums, memory, first + run * ((last - first) // runs) + i, ahead)
+                    for i in T.serial((last - first) % runs):
+                        read(sums, memory, last - 1 - i, False)
+                    out[task, T.ramp(0, 1, 16)] = sums[T.ramp(0, 1, 16)]
 
     return stream
