@@ -173,21 +173,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.w2a8 = w2a8.load(args.w2a8) if args.w2a8 else None
         if args.artifact:
             gpu_step.open_artifact(args.artifact, args.target.name)
-    except (ValueError, w2a8.LibraryError) as refusal:
+        if args.sanitize is not None:
+            gpu_checks.find_sanitizer()
+    except (ValueError, w2a8.LibraryError, gpu_checks.CheckError) as refusal:
         parser.error(str(refusal))
+    args.of = {
+        "commit": args.commit or commit(),
+        "device": torch.cuda.get_device_name(),
+        "target": args.target.name,
+    }
+    args.output = args.output or (KEPT if args.only is None else None)
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"output: asked for {args.output}, its folder is not there; possible: another")
+    args.kept = earlier(args.output, args.of)
+    if args.kept is None and args.only is not None:
+        parser.error(
+            f"output: asked to add to {args.output}, not of {', '.join(args.of.values())}; "
+            "possible: another file, or a run of all groups, which takes its place"
+        )
+    args.kept = args.kept or {}
     return args
-
-
-def check(args: argparse.Namespace) -> dict:
-    """What was asked for of the tests and sanitizers, as the file keeps it."""
-    found: dict = {}
-    if args.check:
-        found["tests"] = gpu_checks.run_tests(PROCESSES)
-    if args.sanitize is not None:
-        found["sanitizers"] = gpu_checks.sanitize(args.sanitize or gpu_checks.TOOLS, PROCESSES)
-    for name, result in found.items():
-        print(f"{name}: {result}", flush=True)
-    return found
 
 
 def measure(
@@ -219,8 +224,9 @@ def beside(function: Callable, case: Case) -> Case:
     return replace(case, published_us=None, rivals=rivals)
 
 
-def measure_model(engine: Engine, found: dict) -> Iterator[None]:
-    """Into `found`, a part at a time: a decode step, then prompts of a built model."""
+def measure_model(engine: Engine, found: dict) -> Iterator[str | None]:
+    """Into `found`, a part at a time: a decode step, then prompts of a built model. Yields the
+    part's name where it failed."""
     length = engine.artifact.context_length
     found |= {"model": engine.artifact.model, "kv_bits": engine.kv_bits}
     found["library_sha256"] = engine.artifact.manifest["library"]["sha256"]
@@ -230,12 +236,12 @@ def measure_model(engine: Engine, found: dict) -> Iterator[None]:
         lambda: gpu_prefill.compare(engine, [n for n in PROMPTS if n <= length], REPLAYS),
     )
     for part, call in zip(MODEL_PARTS, calls, strict=True):
-        found.pop(part, None)
         try:
             found[part] = call()
         except Exception as failure:  # the other part's result must not be lost
-            found["failed"].append(told(part, failure))
-        yield
+            yield told(part, failure)
+        else:
+            yield None
 
 
 def told(case: str, failure: Exception) -> str:
@@ -244,30 +250,25 @@ def told(case: str, failure: Exception) -> str:
     return case
 
 
-def earlier(output: Path, facts: dict) -> dict:
-    """What the file has already of this commit, GPU and target."""
+def earlier(output: Path | None, of: dict) -> dict | None:
+    """What the file has already, if it is `of` this commit, GPU and target; None if of others."""
+    if output is None or not output.exists():
+        return {}
     try:
         kept = json.loads(output.read_text(encoding="utf-8"))
-        is_same = all(kept[name] == facts[name] for name in ("commit", "device", "target"))
+        is_same = all(kept[name] == value for name, value in of.items())
     except (OSError, ValueError, TypeError, LookupError):
-        return {}
-    is_known = not facts["commit"].endswith(("-dirty", "unknown"))
-    return kept if is_same and is_known else {}
+        return None
+    is_known = not of["commit"].endswith(("-dirty", "unknown"))
+    return kept if is_same and is_known else None
 
 
-def join(kept: dict, measured: dict, replaced: Sequence[str]) -> dict:
-    """`kept`, with `measured` in the place of its groups and parts that are `replaced`."""
-
-    def others(cases: list, group_of: Callable) -> list:
-        return [case for case in cases if group_of(case) not in replaced]
-
-    joined = kept | measured
-    if sanitizers := kept.get("sanitizers", {}) | measured.get("sanitizers", {}):
-        joined["sanitizers"] = sanitizers
-    failed = others(kept.get("failed", []), lambda case: case.split()[0])
-    joined["failed"] = failed + measured["failed"]
-    joined["rows"] = others(kept.get("rows", []), lambda row: row["group"]) + measured["rows"]
-    return joined
+def without(kept: dict, replaced: Sequence[str]) -> dict:
+    """`kept` but for the groups and the parts of a model that are `replaced`."""
+    rest = {name: value for name, value in kept.items() if name not in replaced}
+    rest["failed"] = [case for case in kept.get("failed", []) if case.split()[0] not in replaced]
+    rest["rows"] = [row for row in kept.get("rows", []) if row["group"] not in replaced]
+    return rest
 
 
 def keep(output: Path | None, measured: dict) -> None:
@@ -275,36 +276,52 @@ def keep(output: Path | None, measured: dict) -> None:
         output.write_text(json.dumps(measured, indent=1) + "\n")
 
 
+def check(args: argparse.Namespace, found: dict) -> bool:
+    """What was asked for of the tests and sanitizers, kept as it is there; whether all are clean.
+    Raises CheckError."""
+    if args.check:
+        found.pop("tests", None)
+        keep(args.output, found)
+        found["tests"] = gpu_checks.run_tests(PROCESSES)
+        print(f"tests: {found['tests']}", flush=True)
+        keep(args.output, found)
+    if args.sanitize is None:
+        return True
+    summaries = gpu_checks.sanitize(args.sanitize or gpu_checks.TOOLS, PROCESSES)
+    found["sanitizers"] = found.get("sanitizers", {}) | summaries
+    print(f"sanitizers: {summaries}", flush=True)
+    keep(args.output, found)
+    return all(map(gpu_checks.is_clean, summaries.values()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     device_code.install()
+    groups = GROUPS if args.only is None else args.only
+    found = without(args.kept, (*groups, *(MODEL_PARTS if args.artifact else ()))) | args.of
     try:
-        facts = check(args)
+        is_clean = check(args, found)
     except gpu_checks.CheckError as failure:
         print(f"benchmarks.gpu: {failure}", file=sys.stderr)
         return 1
-    bench = Bench(args.target, args.nvcc)
-    facts |= {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "target": args.target.name,
-        "commit": args.commit or commit(),
-        "torch": torch.__version__,
-        "read_gb_per_s": bench.read_bandwidth / 1e9,
-    }
-    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-    output = args.output or (KEPT if args.only is None else None)
-    groups = GROUPS if args.only is None else args.only
-    rows, failed = measure(bench, groups, args.w2a8)
-    replaced = (*groups, *(MODEL_PARTS if args.artifact else ()))
-    kept = earlier(output, facts) if output else {}
-    found = join(kept, facts | {"failed": failed, "rows": rows}, replaced)
-    keep(output, found)
+    failed = []
+    if groups:
+        bench = Bench(args.target, args.nvcc)
+        found["date"] = datetime.date.today().isoformat()
+        found["torch"] = torch.__version__
+        found["read_gb_per_s"] = bench.read_bandwidth / 1e9  # what the rows' shares are of
+        print(", ".join(f"{key} {found[key]}" for key in ("read_gb_per_s", *args.of)), flush=True)
+        rows, failed = measure(bench, groups, args.w2a8)
+        found["rows"] += rows
+        found["failed"] += failed
+        keep(args.output, found)
     if args.artifact:
-        for _ in measure_model(gpu_step.open_engine(args.artifact), found):
-            keep(output, found)
-    is_clean = all(map(gpu_checks.is_clean, facts.get("sanitizers", {}).values()))
-    return 0 if is_clean and not found["failed"] else 1
+        for part in measure_model(gpu_step.open_engine(args.artifact), found):
+            if part:
+                failed.append(part)
+                found["failed"].append(part)
+            keep(args.output, found)
+    return 0 if is_clean and not failed else 1
 
 
 if __name__ == "__main__":

@@ -12,14 +12,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TESTS = ("tests/schedules", "tests/compiler/test_pipeline.py", "tests/test_end_to_end.py")
+ALONE = ("tests/compiler/test_gpu_memory.py",)  # fills the GPU, so beside no other
 GPU_ROWS = "cuda and not test_cuda.py"  # test_cuda.py compiles, and needs no GPU
 TOOLS = ("memcheck", "racecheck")
 UNFINISHED = "unfinished:"
+PASSED = re.compile(r"\b[1-9]\d* passed")
+SUMMARY = re.compile(r"SUMMARY: (.*)")
 MINUTES = 8  # the longest takes under one by itself, and some six beside 13 others
 TOOLKIT = Path("/usr/local/cuda/bin")
 # file of tests/schedules -> the tests of it that a sanitizer watches; those that take longest first
@@ -50,14 +54,18 @@ class CheckError(RuntimeError):
 
 
 def run_tests(processes: int) -> str:
-    """pytest's last line; CheckError with the failures where it is not green."""
-    command = [sys.executable, "-m", "pytest", *TESTS, "-k", GPU_ROWS, "-n", str(processes)]
+    """pytest's last lines; CheckError with the failures where one is not green."""
+    return "; ".join((_run(TESTS, processes), _run(ALONE, 1)))
+
+
+def _run(tests: Sequence[str], processes: int) -> str:
+    command = [sys.executable, "-m", "pytest", *tests, "-k", GPU_ROWS, "-n", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
     if done.returncode:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         raise CheckError(f"tests: {'; '.join([lines[-1], *failed[:20]])}")
-    if not re.search(r"\b[1-9]\d* passed", lines[-1]):
+    if not PASSED.search(lines[-1]):
         raise CheckError(f"tests: none ran on this GPU: {lines[-1]}; possible: pytest -rs says why")
     return lines[-1]
 
@@ -72,19 +80,42 @@ def find_sanitizer() -> str:
 
 
 def sanitize(tools: Sequence[str], processes: int) -> dict[str, str]:
-    """Tool -> its summaries of all files in one line. What it complained of goes to stderr."""
+    """Tool -> its summaries of all files in one line. What it complained of goes to stderr.
+    Interrupted, it leaves none of its processes behind."""
     program = find_sanitizer()
-    with tempfile.TemporaryDirectory(prefix="bitnet-sanitize-") as name:
-        jobs = [(tool, file) for file in SANITIZED for tool in tools]
-        with ThreadPoolExecutor(processes) as pool:
+    jobs = [(tool, file) for file in SANITIZED for tool in tools]
+    with (
+        tempfile.TemporaryDirectory(prefix="bitnet-sanitize-") as name,
+        ThreadPoolExecutor(processes) as pool,
+        ended_by_sigterm(),
+    ):
+        try:
             logs = list(pool.map(lambda job: watch(program, *job, Path(name)), jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(_running):
+                kill(process)
+            raise
     found: dict[str, str] = {}
     for tool in tools:
-        of_tool = {
-            file: log for (other, file), log in zip(jobs, logs, strict=True) if other == tool
-        }
-        found[tool] = summarize(of_tool)
+        found[tool] = summarize(
+            {file: log for (other, file), log in zip(jobs, logs, strict=True) if other == tool}
+        )
     return found
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which a limit of time outside sends, ends what is within as Ctrl-C does."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def watch(program: str, tool: str, file: str, directory: Path) -> str | None:
@@ -93,17 +124,26 @@ def watch(program: str, tool: str, file: str, directory: Path) -> str | None:
     tests = [f"tests/schedules/test_{file}.py", "-k", f"{GPU_ROWS} and ({SANITIZED[file]})"]
     options = ["--tool", tool, "--target-processes", "application-only", "--log-file", str(log)]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
-    command = [program, *options, *pytest]
-    code, output = finish(command, MINUTES * 60)
+    code, output = finish([program, *options, *pytest], MINUTES * 60)
+    end = " ".join(output.strip().splitlines()[-3:])
+    text = log.read_text(errors="replace") if log.is_file() else ""
     if code is None:
-        return _unfinished(tool, file, f"no end within {MINUTES} minutes")
-    if code:
-        return _unfinished(tool, file, " ".join(output.strip().splitlines()[-3:]))
-    text = log.read_text(errors="replace")
+        return _unfinished(tool, file, f"no end within {MINUTES} minutes: {end}")
+    if code or not PASSED.search(end) or not SUMMARY.search(text):
+        return _unfinished(tool, file, end)
     complaints = re.sub(r"(?m)^=+ ?", "", text).strip().splitlines()
     if len(complaints) > 2:  # its title and its summary
         print(f"{tool} {file}", *complaints[:200], sep="\n  ", file=sys.stderr, flush=True)
     return text
+
+
+_running: set[subprocess.Popen] = set()
+
+
+def kill(process: subprocess.Popen) -> None:
+    """It and what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def finish(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
@@ -113,14 +153,14 @@ def finish(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
     with subprocess.Popen(
         command, stdout=pipe, stderr=both, text=True, start_new_session=True
     ) as process:
+        _running.add(process)
         try:
             output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return None, ""
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+            kill(process)
+            return None, process.communicate()[0]
+        finally:
+            _running.discard(process)
     return process.returncode, output
 
 
@@ -133,9 +173,9 @@ def summarize(logs: Mapping[str, str | None]) -> str:
     totals: dict[str, int] = {}
     ended = [log for log in logs.values() if log is not None]
     for log in ended:
-        (summary,) = re.findall(r"SUMMARY: (.*)", log)
-        for count, what in re.findall(r"(\d+) (hazard|error|warning)", summary):
-            totals[what] = totals.get(what, 0) + int(count)
+        for summary in SUMMARY.findall(log):
+            for count, what in re.findall(r"(\d+) (hazard|error|warning)", summary):
+                totals[what] = totals.get(what, 0) + int(count)
     text = f"{len(ended)} files: " + ", ".join(f"{n} {what}s" for what, n in totals.items())
     unfinished = [file for file, log in logs.items() if log is None]
     return f"{text}; {UNFINISHED} {' '.join(unfinished)}" if unfinished else text

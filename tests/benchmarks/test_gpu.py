@@ -36,7 +36,7 @@ def test_cases_that_fail_are_named_and_lose_no_other(monkeypatch, capsys):
     assert told[1].startswith("WRONG gemv wrong: 1 of 9 elements")
 
 
-def test_a_step_is_kept_before_prompts_are_measured(tmp_path, monkeypatch):
+def test_a_step_is_kept_where_prompts_fail(monkeypatch):
     def fail(*_):
         raise RuntimeError("no peer")
 
@@ -44,71 +44,137 @@ def test_a_step_is_kept_before_prompts_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.gpu_prefill, "compare", fail)
     manifest = {"library": {"sha256": "4f"}}
     artifact = SimpleNamespace(model="tiny", context_length=100, manifest=manifest)
-    kept = tmp_path / "gpu.json"
-    found = {"failed": ["gemv x"], "prefill": "of an earlier run"}
-    for _ in gpu.measure_model(SimpleNamespace(artifact=artifact, kv_bits=3), found):
-        gpu.keep(kept, found)
-        assert json.loads(kept.read_text())["step"] == {"context": 52}
-    assert json.loads(kept.read_text()) == {
+    found: dict = {}
+    parts = gpu.measure_model(SimpleNamespace(artifact=artifact, kv_bits=3), found)
+    assert next(parts) is None and found["step"] == {"context": 52}
+    assert list(parts) == ["prefill"]
+    assert found == {
         "model": "tiny",
         "kv_bits": 3,
         "library_sha256": "4f",
         "step": {"context": 52},
-        "failed": ["gemv x", "prefill"],
     }
 
 
-FACTS = {"commit": "e176c79483b5", "device": "H100", "target": "cuda-sm90"}
+OF = {"commit": "e176c79483b5", "device": "H100", "target": "cuda-sm90"}
 
 
 @pytest.mark.parametrize(
     "kept, is_used",
     [
-        (FACTS, True),
-        (FACTS | {"commit": "0000000"}, False),
-        (FACTS | {"device": "A100"}, False),
-        (FACTS | {"target": "cuda-fat"}, False),
+        (OF | {"tests": "1 passed"}, True),
+        (OF | {"commit": "0000000"}, False),
+        (OF | {"device": "A100"}, False),
+        (OF | {"target": "cuda-fat"}, False),
         ({}, False),
         ([], False),
     ],
 )
 def test_a_file_of_the_same_kernels_is_added_to(tmp_path, kept, is_used):
     file = tmp_path / "gpu.json"
-    assert gpu.earlier(file, FACTS) == {}
+    assert gpu.earlier(file, OF) == gpu.earlier(None, OF) == {}
     file.write_text(json.dumps(kept))
-    assert gpu.earlier(file, FACTS) == (kept if is_used else {})
+    assert gpu.earlier(file, OF) == (kept if is_used else None)
 
 
 @pytest.mark.parametrize("commit", ["e176c79483b5-dirty", "unknown"])
 def test_a_file_of_unknown_kernels_is_not(tmp_path, commit):
-    facts = FACTS | {"commit": commit}
     file = tmp_path / "gpu.json"
-    file.write_text(json.dumps(facts))
-    assert gpu.earlier(file, facts) == {}
+    file.write_text(json.dumps(OF | {"commit": commit}))
+    assert gpu.earlier(file, OF | {"commit": commit}) is None
 
 
-def test_what_is_measured_anew_takes_the_place_of_what_was():
-    def row(group, us):
-        return {"group": group, "name": "x", "us": us}
+def row(group, us=1):
+    return {"group": group, "name": "x", "us": us}
 
+
+def test_what_is_measured_anew_is_dropped():
     kept = {
-        "date": "monday",
         "tests": "9 passed",
-        "sanitizers": {"memcheck": "a", "racecheck": "b"},
+        "step": {},
+        "prefill": [],
         "failed": ["gemv y", "gemm y", "step"],
-        "rows": [row("gemv", 1), row("gemm", 2)],
+        "rows": [row("gemv"), row("gemm")],
     }
-    measured = {
-        "date": "tuesday",
-        "sanitizers": {"racecheck": "c"},
-        "failed": ["gemv z"],
-        "rows": [row("gemv", 3)],
-    }
-    assert gpu.join(kept, measured, ("gemv", "step")) == {
-        "date": "tuesday",
+    assert gpu.without(kept, ("gemv", "step", "prefill")) == {
         "tests": "9 passed",
-        "sanitizers": {"memcheck": "a", "racecheck": "c"},
-        "failed": ["gemm y", "gemv z"],
-        "rows": [row("gemm", 2), row("gemv", 3)],
+        "failed": ["gemm y"],
+        "rows": [row("gemm")],
     }
-    assert "sanitizers" not in gpu.join({}, {"failed": [], "rows": []}, ())
+    assert gpu.without({}, ()) == {"failed": [], "rows": []}
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """One that measures as it is told to."""
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(gpu.nvcc, "find_nvcc", lambda _: "nvcc")
+    monkeypatch.setattr(gpu.device_code, "install", lambda: None)
+    monkeypatch.setattr(gpu.Bench, "read_bandwidth", 3e12)
+    monkeypatch.setattr(gpu.gpu_checks, "find_sanitizer", lambda: "")
+    monkeypatch.setattr(gpu.gpu_checks, "run_tests", lambda _: "9 passed")
+    clean = {"memcheck": "2 files: 0 errors", "racecheck": "2 files: 1 hazard"}
+    monkeypatch.setattr(
+        gpu.gpu_checks, "sanitize", lambda tools, _: {tool: clean[tool] for tool in tools}
+    )
+    monkeypatch.setattr(
+        gpu, "measure", lambda bench, groups, _: ([row(g) for g in groups], ["gemv y"])
+    )
+
+
+def test_parts_are_added_to_one_file(a_gpu, tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    common = ["--target", "cuda-sm90", "--commit", OF["commit"], "--output", str(file)]
+    assert gpu.main(["--check", "--sanitize", "memcheck", "--only", *common]) == 0
+    first = json.loads(file.read_text())
+    assert first == OF | {
+        "failed": [],
+        "rows": [],
+        "tests": "9 passed",
+        "sanitizers": {"memcheck": "2 files: 0 errors"},
+    }
+    assert gpu.main(["--only", "gemv", "head", *common]) == 1
+    assert gpu.main(["--sanitize", "racecheck", "--only", *common]) == 1
+    found = json.loads(file.read_text())
+    assert found["rows"] == [row("gemv"), row("head")] and found["failed"] == ["gemv y"]
+    assert found["sanitizers"] == first["sanitizers"] | {"racecheck": "2 files: 1 hazard"}
+    assert (found["tests"], found["read_gb_per_s"]) == ("9 passed", 3000)
+    # what failed in another command is no failure of this one
+    assert gpu.main(["--check", "--only", *common]) == 0
+
+    before = file.read_text()
+    common[3] = "0000000"
+    with pytest.raises(SystemExit) as exit:
+        gpu.main(["--check", "--only", *common])
+    assert exit.value.code == 2 and file.read_text() == before
+    told = capsys.readouterr().err
+    assert "not of 0000000, H100, cuda-sm90; possible: another file" in told
+    assert gpu.main(common) == 1  # all groups: a new file
+    assert "tests" not in json.loads(file.read_text())
+
+
+def test_results_are_kept_as_they_are_there(a_gpu, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "measure", stop)
+    file = tmp_path / "gpu.json"
+    common = ["--target", "cuda-sm90", "--commit", OF["commit"], "--output", str(file)]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--check", "--sanitize", "memcheck", *common])
+    assert json.loads(file.read_text())["tests"] == "9 passed"
+
+    def fail(_):
+        raise gpu.gpu_checks.CheckError("tests: 1 failed")
+
+    monkeypatch.setattr(gpu.gpu_checks, "run_tests", fail)
+    assert gpu.main(["--check", "--only", *common]) == 1
+    found = json.loads(file.read_text())
+    assert "tests" not in found and list(found["sanitizers"]) == ["memcheck"]
+
+
+def test_a_missing_folder_is_told_first(a_gpu, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        gpu.main(["--target", "cuda-sm90", "--output", str(tmp_path / "no" / "gpu.json")])
+    assert exit.value.code == 2 and "its folder is not there" in capsys.readouterr().err

@@ -1,6 +1,11 @@
 """The sanitizers' runs, with a stand-in for compute-sanitizer: no GPU is needed."""
 
 import ast
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ STAND_IN = """#!/bin/sh
 [ "$1" = --tool ] && tool=$2
 while [ "$1" != --log-file ]; do shift; done
 echo "========= COMPUTE-SANITIZER" > "$2"
+echo "2 passed, 1 skipped in 1s"
 [ $tool = racecheck ] && {
   echo "========= Error: Race reported" >> "$2"
   echo "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)" >> "$2"
@@ -43,25 +49,63 @@ def test_summaries_are_added(sanitizer, capsys):
 
 def test_files_without_a_good_end_are_told_and_lose_no_other(sanitizer, monkeypatch, capsys):
     selected = gpu_checks.SANITIZED["glu_matmul"]
-    files = {"glu_matmul": selected, "rope": "fails", "embedding": "hangs"}
+    files = {"glu_matmul": selected, "rope": "fails", "embedding": "hangs", "kv_append": "skips"}
     monkeypatch.setattr(gpu_checks, "SANITIZED", files)
     monkeypatch.setattr(gpu_checks, "MINUTES", 1 / 60)
     program = Path(gpu_checks.find_sanitizer())
-    ends = 'case "$*" in *fails*) echo "1 failed"; exit 1;; *hangs*) sleep 60;; esac'
+    ends = 'case "$*" in *fails*) echo "1 failed"; exit 1;; *hangs*) echo test_x; sleep 60;; '
+    ends += '*skips*) echo "3 skipped"; exit 0;; esac'
     program.write_text(program.read_text().replace("#!/bin/sh", f"#!/bin/sh\n{ends}"))
     found = gpu_checks.sanitize(("memcheck",), 1)["memcheck"]
-    assert found == "1 files: 0 errors; unfinished: rope embedding"
+    assert found == "1 files: 0 errors; unfinished: rope embedding kv_append"
     assert not gpu_checks.is_clean(found)
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "sanitize: memcheck of rope: 1 failed"
     assert told[1].startswith("sanitize: memcheck of embedding: no end within")
+    assert told[1].endswith(" minutes: test_x")
+    assert told[2] == "sanitize: memcheck of kv_append: 3 skipped"
 
 
-def test_what_a_command_started_ends_with_it():
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for_end(pid: int) -> None:
+    end = time.monotonic() + 30
+    while is_alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_alive(pid)
+
+
+def test_what_a_command_started_ends_with_it(tmp_path):
     """A child that holds the pipe would keep the run from its end, and the GPU busy."""
-    code, _ = gpu_checks.finish(["sh", "-c", "sleep 600 & sleep 600"], 0.2)
-    assert code is None
+    pid = tmp_path / "pid"
+    child = f"sleep 600 & echo $! > {pid}; echo begun; sleep 600"
+    assert gpu_checks.finish(["sh", "-c", child], 1) == (None, "begun\n")
+    wait_for_end(int(pid.read_text()))
     assert gpu_checks.finish(["sh", "-c", "echo out; exit 3"], 60) == (3, "out\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_leaves_no_sanitizer_behind(sanitizer, tmp_path, number):
+    pids = tmp_path / "pids"
+    program = Path(gpu_checks.find_sanitizer())
+    program.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 600\n")
+    run = "from benchmarks import gpu_checks; gpu_checks.sanitize(('memcheck',), 3)"
+    with subprocess.Popen([sys.executable, "-c", run], cwd=SCHEDULES.parents[1]) as process:
+        while not pids.exists() or len(pids.read_text().split()) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) != 0
+    started = [int(pid) for pid in pids.read_text().split()]
+    for pid in started:
+        wait_for_end(pid)
+    assert len(started) == 3
 
 
 def test_no_sanitizer(monkeypatch):
@@ -87,7 +131,7 @@ def test_a_run_in_which_nothing_passed(last, code, refusal, tmp_path, monkeypatc
     python.chmod(0o755)
     monkeypatch.setattr(gpu_checks.sys, "executable", str(python))
     if refusal is None:
-        assert gpu_checks.run_tests(1) == last
+        assert gpu_checks.run_tests(1) == f"{last}; {last}"
         return
     with pytest.raises(gpu_checks.CheckError, match=refusal):
         gpu_checks.run_tests(1)
@@ -101,3 +145,21 @@ def test_every_selection_selects():
         for word in expression.split(" or "):
             if word.startswith("test_"):
                 assert any(word in name for name in names), (file, word)
+
+
+def test_every_op_on_a_gpu_is_watched():
+    ops = {file.parent.name for file in SCHEDULES.parents[1].glob("schedules/*/cuda.py")}
+    ops |= {file.parent.name for file in SCHEDULES.parents[1].glob("schedules/*/sm90.py")}
+    assert ops and ops - {"intrin"} <= set(gpu_checks.SANITIZED)
+
+
+def test_every_test_that_needs_a_gpu_is_run_on_one():
+    """Those outside of TESTS and ALONE that ask whether there is one."""
+    tests = SCHEDULES.parent
+    asking = {
+        str(file.relative_to(tests.parent))
+        for file in tests.rglob("test_*.py")
+        if re.search(r"skipif\(.*compute_capability", file.read_text(encoding="utf-8"))
+    }
+    run = (*gpu_checks.TESTS, *gpu_checks.ALONE)
+    assert asking and all(file.startswith(run) for file in asking)

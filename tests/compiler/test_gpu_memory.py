@@ -34,7 +34,7 @@ class Filled:
 
 
 @pytest.mark.skipif(compute_capability() is None, reason="needs a GPU")
-def test_a_graph_outlives_the_pool(tmp_path):
+def test_a_cuda_graph_outlives_the_pool(tmp_path):
     model = compile_tiny("a4.8-int4", find("cuda").name, tmp_path)
     caches, device = model.caches(3), model.device
     prompt = (np.arange(20), [0] * 20, range(20), [19])
