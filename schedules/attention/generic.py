@@ -19,7 +19,6 @@ tile of query rows and all heads of a group.
 
 Integers and float64 make the result the same to the last bit whatever the order, which a4.8 needs
 (docs/architecture.md, "Attention"). Scores carry the key's scale and weights the value's.
-Measured: not yet.
 """
 
 import math

@@ -7,7 +7,6 @@
     L    | lanes(8) | one int8 vector read, four float32 vectors written
 
 Tokens outside the table are refused by the runtime, before any kernel runs.
-Measured: not yet.
 """
 
 from tvm.script import tirx as T

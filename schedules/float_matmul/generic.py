@@ -12,7 +12,6 @@
 
 A float16 is widened by integer shifts and one exact multiplication, right for subnormals and on
 processors without a conversion instruction; infinities and NaN do not occur in weights.
-Measured: not yet.
 """
 
 from tvm.ir import Expr

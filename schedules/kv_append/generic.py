@@ -12,7 +12,6 @@
 
 The caches are the first two buffers and the only ones written. A step's rows of a slot stand at
 different positions, so no two threads write the same bytes.
-Measured: not yet.
 """
 
 from tvm.script import tirx as T

@@ -10,7 +10,6 @@
     L    | lanes(32) | one float32 vector, two of float64: 12 in flight for the six operands
 
 Products of float32 are exact in float64, so an FMA gives the same bits.
-Measured: not yet.
 """
 
 from tvm.script import tirx as T
