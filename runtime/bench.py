@@ -205,7 +205,7 @@ def bench(options: argparse.Namespace) -> None:
     for _, size in sizes:
         if size > engine.context:
             raise RuntimeRefusal(
-                f"bench: asked for {size} tokens; the context holds {engine.context}"
+                f"bench: asked for {size} tokens; possible: 1 to the context's {engine.context}"
             )
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())

@@ -86,7 +86,9 @@ class Engine:
         bits = artifact.default_kv_bits if kv_bits is None else kv_bits
         if bits not in artifact.kv_bits:
             possible = ", ".join(map(str, artifact.kv_bits))
-            raise RuntimeRefusal(f"kv-bits: asked for {bits}; {artifact.path} has {possible}")
+            raise RuntimeRefusal(
+                f"kv-bits: asked for {bits} of {artifact.path}; possible: {possible}"
+            )
         length = artifact.context_length
         context = length if context is None else require_whole("context", context, 1, length)
         shape, device = artifact.shape, open_device(artifact.manifest)
@@ -252,7 +254,8 @@ class Engine:
         if start + len(token_ids) > self.context:
             after = f" after {start} before it" if start else ""
             raise RuntimeRefusal(
-                f"prompt: it has {len(token_ids)} tokens{after}; the context holds {self.context}"
+                f"prompt: it has {len(token_ids)} tokens{after}; the context holds {self.context}; "
+                "possible: a shorter prompt"
             )
         return whole_array("token ids", token_ids, self.shape.vocab_size)
 

@@ -56,7 +56,9 @@ def read_prompt(options: argparse.Namespace) -> str:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or error
-        raise RuntimeRefusal(f"prompt-file: cannot read {name}: {reason}") from error
+        raise RuntimeRefusal(
+            f"prompt-file: cannot read {name}: {reason}; possible: a UTF-8 file, or - for stdin"
+        ) from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -57,10 +57,10 @@ def write_params(path: Path) -> list[dict]:
     return entries
 
 
-def write_manifest(directory: Path, **changes) -> None:
+def write_manifest(directory: Path, chunk_bytes: int = CHUNK_BYTES, **changes) -> None:
     """artifact.json for the files as they are; a change to None leaves a field out."""
     params = (directory / "params.bin").read_bytes()
-    chunks = [params[i : i + CHUNK_BYTES] for i in range(0, len(params), CHUNK_BYTES)]
+    chunks = [params[i : i + chunk_bytes] for i in range(0, len(params), chunk_bytes)]
     library = directory / "model.so"
     manifest = {
         "format": 2, "model": "fake", "target": "generic",
@@ -70,7 +70,7 @@ def write_manifest(directory: Path, **changes) -> None:
             "file": library.name, "bytes": library.stat().st_size, "sha256": sha256(library)
         },
         "params": {
-            "file": "params.bin", "bytes": len(params), "chunk_bytes": CHUNK_BYTES,
+            "file": "params.bin", "bytes": len(params), "chunk_bytes": chunk_bytes,
             "sha256": [hashlib.sha256(chunk).hexdigest() for chunk in chunks],
         },
         "tensors": json.loads((directory / "tensors.json").read_text()),

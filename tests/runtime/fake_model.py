@@ -111,7 +111,7 @@ def add_function(builder: relax.BlockBuilder, kind: str, bits: int) -> None:
     tokens, slots, positions = ints("tokens", M), ints("slots", M), ints("positions", M)
     rows = ints("rows", R)
     caches = relax.Var("caches", relax.TupleType([codes_type, scales_type] * LAYERS))
-    unused = relax.TensorType((3, 5), "uint8")
+    unused = relax.TensorType(dtype="uint8", ndim=2)  # of any size
     params = relax.Var("params", relax.TupleType([unused, relax.TensorType((V,), "float32")]))
     arguments = [tokens, slots, positions, *([rows] * (kind == "prefill")), caches, params]
     with builder.function(f"{kind}_kv{bits}", arguments):

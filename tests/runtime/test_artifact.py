@@ -1,7 +1,9 @@
 """An artifact opens without a copy, and whatever is wrong with one is refused in one line."""
 
 import contextlib
+import errno
 import json
+import mmap
 import re
 
 import numpy as np
@@ -41,6 +43,23 @@ def test_parameters_are_not_copied(artifact):
     for tensor, array in zip(opened.parameters(Cpu()), opened.params.values(), strict=True):
         assert tvm_runtime.view(tensor).ctypes.data == array.ctypes.data
         assert array.ctypes.data % 4096 == 0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without large pages")
+@pytest.mark.parametrize("refused", [False, True])
+def test_large_pages_are_asked_for(artifact, monkeypatch, refused):
+    """What the kernel makes of it differs, and a kernel without them changes nothing."""
+    asked = []
+
+    class Memory(mmap.mmap):
+        def madvise(self, *arguments):
+            asked.append(arguments)
+            if refused:
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Memory)
+    assert Artifact.open(artifact).params["unused"].size == 15
+    assert asked == [(mmap.MADV_HUGEPAGE,)]
 
 
 def test_several_eos_tokens(own_artifact):

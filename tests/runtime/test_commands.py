@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from fake_artifact import write_manifest
 
 from runtime import bench, generate
 
@@ -71,6 +73,7 @@ BAD_GENERATE = [
     (["--prompt", "a" * 10, "--context", "8"], "prompt: it has 11 tokens; the context holds 8"),
     (["--prompt-file", "/nowhere"], "prompt-file: cannot read /nowhere: No such file"),
     (["--prompt-file", "/"], "prompt-file: cannot read /: Is a directory"),
+    (["--prompt-file", "/dev/null"], "prompt: it is empty"),
     (["--prompt-file", "-"], "prompt-file: - is not valid UTF-8 at byte 1"),
     (["--prompt", "a", "-n", "0"], "max-new-tokens: asked for 0; possible: at least 1"),
     (["--prompt", "a", "-n", "-5"], "max-new-tokens: asked for -5"),
@@ -89,8 +92,8 @@ BAD_BENCH = [
     (["-p", "0", "-n", "0"], "bench: -p 0 and -n 0 leave nothing to run"),
     (["-p", "-4"], "n-prompt: asked for -4"),
     (["-n", "x"], "n-gen: asked for 'x'"),
-    ([], "bench: asked for 512 tokens; the context holds 64"),
-    (["-p", "64", "-n", "65"], "bench: asked for 65 tokens; the context holds 64"),
+    ([], "bench: asked for 512 tokens; possible: 1 to the context's 64"),
+    (["-p", "64", "-n", "65"], "bench: asked for 65 tokens; possible: 1 to the context's 64"),
     (["-r", "0"], "repetitions: asked for 0"),
     (["-t", "1,0"], "threads: asked for 0"),
     (["--kv-bits", "8"], "kv-bits: asked for 8"),
@@ -104,6 +107,7 @@ def one_line(done, command: str) -> str:
     assert done.returncode == 2 and done.stdout == b"", done
     lines = done.stderr.decode().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{command}: error: "), lines
+    assert "; possible: " in lines[0], lines
     return lines[0]
 
 
@@ -176,6 +180,29 @@ def test_bench_csv_leaves_rows_out(run_module, artifact):
     (row,) = csv.DictReader(io.StringIO(done.stdout.decode()))
     assert row["test"] == "tg5" and float(row["tokens_per_second"]) > 0
     assert b"sparsity" not in run_module(BENCH, artifact, *QUICK, "-n", "0").stderr
+
+
+def test_the_weights_are_in_memory_once(run_module, artifact, own_artifact):
+    """A process with 96 MiB more of weights holds them mapped, and 15 % of them more at most."""
+    params, tensors = own_artifact / "params.bin", own_artifact / "tensors.json"
+    unused, *others = json.loads(tensors.read_text())
+    unused |= {"offset": -(-params.stat().st_size // 4096) * 4096, "shape": [96 << 10, 1 << 10]}
+    unused["bytes"] = 96 << 20
+    tensors.write_text(json.dumps([unused, *others]))
+    with params.open("r+b") as file:
+        file.seek(unused["offset"])
+        file.write(np.random.default_rng(0).bytes(unused["bytes"]))
+    write_manifest(own_artifact, chunk_bytes=1 << 20)
+    options = ("--prompt", "abc", "-n", "20", "--json", *GREEDY)
+    small, large = (
+        json.loads(run_module(GENERATE, path, *options).stdout)["memory"]
+        for path in (artifact, own_artifact)
+    )
+    added = large["weights_mapped"] - small["weights_mapped"]
+    assert added >= unused["bytes"]
+    for held in ("process_rss", "process_rss_peak"):
+        assert large[held] - small[held] <= 1.15 * added, held
+    assert large["process_rss_anonymous"] - small["process_rss_anonymous"] <= 0.15 * added
 
 
 def start(*arguments) -> subprocess.Popen:

@@ -142,7 +142,7 @@ def test_without_a_tokenizer(own_artifact):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"kv_bits": 5}, "kv-bits: asked for 5; .* has 16, 4, 3"),
+        ({"kv_bits": 5}, "kv-bits: asked for 5 of .*; possible: 16, 4, 3"),
         ({"threads": 0}, "threads: asked for 0; possible: 1 to"),
         ({"threads": 100_000}, f"threads: asked for 100000; possible: 1 to {host.usable_cpus()}"),
         ({"context": 0}, "context: asked for 0; possible: 1 to 64"),
