@@ -185,13 +185,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.output = args.output or (KEPT if args.only is None else None)
     if args.output and not args.output.parent.is_dir():
         parser.error(f"output: asked for {args.output}, its folder is not there; possible: another")
-    args.kept = earlier(args.output, args.of)
-    if args.kept is None and args.only is not None:
-        parser.error(
-            f"output: asked to add to {args.output}, not of {', '.join(args.of.values())}; "
-            "possible: another file, or a run of all groups, which takes its place"
-        )
-    args.kept = args.kept or {}
+    try:
+        args.kept = earlier(args.output, args.of)
+    except OSError as error:
+        parser.error(f"output: cannot read {args.output}: {error.strerror}; possible: another")
+    except ValueError as other:
+        if args.only is not None:
+            parser.error(
+                f"output: asked to add to {args.output}, {other}; possible: another file, or a run "
+                "of all groups, which takes its place"
+            )
+        args.kept = {}
     return args
 
 
@@ -250,17 +254,22 @@ def told(case: str, failure: Exception) -> str:
     return case
 
 
-def earlier(output: Path | None, of: dict) -> dict | None:
-    """What the file has already, if it is `of` this commit, GPU and target; None if of others."""
+def earlier(output: Path | None, of: dict[str, str]) -> dict:
+    """What the file has already. OSError; ValueError with what it is, where that is not `of` this
+    commit, GPU and target."""
     if output is None or not output.exists():
         return {}
     try:
-        kept = json.loads(output.read_text(encoding="utf-8"))
-        is_same = all(kept[name] == value for name, value in of.items())
-    except (OSError, ValueError, TypeError, LookupError):
-        return None
-    is_known = not of["commit"].endswith(("-dirty", "unknown"))
-    return kept if is_same and is_known else None
+        kept = json.loads(output.read_bytes())
+        found = {name: kept[name] for name in of}
+    except (ValueError, TypeError, LookupError):
+        raise ValueError("found no file that benchmarks.gpu wrote") from None
+    if found != of:
+        asked, there = (", ".join(map(str, names.values())) for names in (of, found))
+        raise ValueError(f"it is of {there}, here is {asked}")
+    if of["commit"].endswith(("-dirty", "unknown")):
+        raise ValueError(f"it is of {of['commit']}, which may have been other sources")
+    return kept
 
 
 def without(kept: dict, replaced: Sequence[str]) -> dict:
@@ -307,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = []
     if groups:
         bench = Bench(args.target, args.nvcc)
+        if found["rows"]:  # of other groups: one read for all shares of a file
+            bench.read_bandwidth = found["read_gb_per_s"] * 1e9
         found["date"] = datetime.date.today().isoformat()
         found["torch"] = torch.__version__
         found["read_gb_per_s"] = bench.read_bandwidth / 1e9  # what the rows' shares are of

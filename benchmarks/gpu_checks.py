@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -89,12 +90,15 @@ def sanitize(tools: Sequence[str], processes: int) -> dict[str, str]:
         ThreadPoolExecutor(processes) as pool,
         ended_by_sigterm(),
     ):
+        watched = [pool.submit(watch, program, *job, Path(name)) for job in jobs]
         try:
-            logs = list(pool.map(lambda job: watch(program, *job, Path(name)), jobs))
+            logs = [future.result() for future in watched]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in tuple(_running):
-                kill(process)
+            while not all(future.done() for future in watched):  # one may be about to start
+                for process in tuple(_running):
+                    kill(process)
+                time.sleep(0.1)
             raise
     found: dict[str, str] = {}
     for tool in tools:

@@ -10,9 +10,12 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from command_line import Parser
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEASURED = Path("benchmarks/gpu.json")
 DRAWN = Path("docs/results/gpu.png")
@@ -108,8 +111,9 @@ def model_panels(measured: dict[str, Any]) -> Iterator[tuple[str, list[dict]]]:
         )
 
 
-def draw(measured: dict[str, Any], output: Path) -> None:
-    """A panel for each group, of bars; batches over one token's time, gemm by shape."""
+def draw(measured: dict[str, Any]) -> "Figure":
+    """A panel for each group, of bars; batches over one token's time, gemm by shape. ValueError
+    where nothing was timed."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[dict]] = {}
@@ -128,16 +132,19 @@ def draw(measured: dict[str, Any], output: Path) -> None:
     for shape, rows in by_shape(groups.get("gemm", [])).items():
         panels.append((curves, f"gemm {shape}", rows))
     panels += [(bars, title, rows) for title, rows in model_panels(measured)]
+    if not panels:
+        raise ValueError("it has no timings")
     lines = math.ceil(len(panels) / COLUMNS)
     figure = Figure(figsize=(15, 4.5 * lines), layout="constrained")
-    figure.suptitle(f"{measured['device']}, {measured['date']}, commit {measured['commit']}")
+    dated = f", {measured['date']}" if "date" in measured else ""  # of kernels, not of a model
+    figure.suptitle(f"{measured['device']}{dated}, commit {measured['commit']}")
     for place, (panel, title, rows) in enumerate(panels, 1):
         axes = figure.add_subplot(lines, COLUMNS, place)
         panel(axes, rows)
         axes.set_title(title)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(fontsize="small")
-    figure.savefig(output, dpi=100)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,13 +154,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=DRAWN, metavar="PNG")
     args = parser.parse_args(argv)
     try:
-        draw(json.loads(args.file.read_text(encoding="utf-8")), args.output)
+        figure = draw(json.loads(args.file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, LookupError) as error:
         parser.error(
             f"cannot draw {args.file}: {error}; possible: a file that benchmarks.gpu wrote"
         )
     except ImportError as missing:
         parser.error(f"{missing}; possible: pip install matplotlib")
+    try:
+        figure.savefig(args.output, dpi=100)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        parser.error(f"cannot write {args.output}: {error}; possible: another -o, as x.png")
     print(args.output)
     return 0
 

@@ -60,28 +60,31 @@ OF = {"commit": "e176c79483b5", "device": "H100", "target": "cuda-sm90"}
 
 
 @pytest.mark.parametrize(
-    "kept, is_used",
+    "kept, refusal",
     [
-        (OF | {"tests": "1 passed"}, True),
-        (OF | {"commit": "0000000"}, False),
-        (OF | {"device": "A100"}, False),
-        (OF | {"target": "cuda-fat"}, False),
-        ({}, False),
-        ([], False),
+        (OF | {"commit": "0000000"}, "it is of 0000000, H100, cuda-sm90, here is e176c79483b5, H1"),
+        (OF | {"device": "A100"}, "it is of e176c79483b5, A100, cuda-sm90, here is"),
+        (OF | {"target": None}, "it is of e176c79483b5, H100, None, here is"),
+        ({}, "found no file that benchmarks.gpu wrote"),
+        ([], "found no file that benchmarks.gpu wrote"),
     ],
 )
-def test_a_file_of_the_same_kernels_is_added_to(tmp_path, kept, is_used):
+def test_a_file_of_the_same_kernels_is_added_to(tmp_path, kept, refusal):
     file = tmp_path / "gpu.json"
     assert gpu.earlier(file, OF) == gpu.earlier(None, OF) == {}
+    file.write_text(json.dumps(OF | {"tests": "1 passed"}))
+    assert gpu.earlier(file, OF) == OF | {"tests": "1 passed"}
     file.write_text(json.dumps(kept))
-    assert gpu.earlier(file, OF) == (kept if is_used else None)
+    with pytest.raises(ValueError, match=refusal):
+        gpu.earlier(file, OF)
 
 
 @pytest.mark.parametrize("commit", ["e176c79483b5-dirty", "unknown"])
 def test_a_file_of_unknown_kernels_is_not(tmp_path, commit):
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps(OF | {"commit": commit}))
-    assert gpu.earlier(file, OF | {"commit": commit}) is None
+    with pytest.raises(ValueError, match=f"it is of {commit}, which may"):
+        gpu.earlier(file, OF | {"commit": commit})
 
 
 def row(group, us=1):
@@ -149,7 +152,7 @@ def test_parts_are_added_to_one_file(a_gpu, tmp_path, capsys):
         gpu.main(["--check", "--only", *common])
     assert exit.value.code == 2 and file.read_text() == before
     told = capsys.readouterr().err
-    assert "not of 0000000, H100, cuda-sm90; possible: another file" in told
+    assert "it is of e176c79483b5, H100, cuda-sm90, here is 0000000, H100, cuda-sm90; poss" in told
     assert gpu.main(common) == 1  # all groups: a new file
     assert "tests" not in json.loads(file.read_text())
 
@@ -174,7 +177,10 @@ def test_results_are_kept_as_they_are_there(a_gpu, tmp_path, monkeypatch):
     assert "tests" not in found and list(found["sanitizers"]) == ["memcheck"]
 
 
-def test_a_missing_folder_is_told_first(a_gpu, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "output, refusal", [("no/gpu.json", "its folder is not there"), ("", "cannot read")]
+)
+def test_an_output_that_cannot_be_is_told_first(a_gpu, tmp_path, capsys, output, refusal):
     with pytest.raises(SystemExit) as exit:
-        gpu.main(["--target", "cuda-sm90", "--output", str(tmp_path / "no" / "gpu.json")])
-    assert exit.value.code == 2 and "its folder is not there" in capsys.readouterr().err
+        gpu.main(["--target", "cuda-sm90", "--output", str(tmp_path / output)])
+    assert exit.value.code == 2 and refusal in capsys.readouterr().err

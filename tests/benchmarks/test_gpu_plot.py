@@ -41,6 +41,7 @@ def test_panels_of_a_whole_model():
         "5",
         json.dumps({"rows": [{}]}),
         json.dumps({"rows": [{"group": "gemm", "name": "x"}]}),
+        json.dumps({"device": "H100", "commit": "e176c79483b5", "rows": []}),
     ],
 )
 def test_refuses_other_files(tmp_path, capsys, text):
@@ -50,4 +51,23 @@ def test_refuses_other_files(tmp_path, capsys, text):
     with pytest.raises(SystemExit) as exit:
         gpu_plot.main([str(file), "-o", str(tmp_path / "gpu.png")])
     assert exit.value.code == 2
-    assert "possible: a file that benchmarks.gpu wrote" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "possible: a file that benchmarks.gpu wrote" in told
+    assert ("it has no timings" in told) == (text is not None and "H100" in text)
+
+
+@pytest.mark.parametrize("output", ["no/gpu.png", "gpu.none"])
+def test_an_output_that_cannot_be_written_is_told_as_such(tmp_path, capsys, output):
+    with pytest.raises(SystemExit) as exit:
+        gpu_plot.main(["-o", str(tmp_path / output)])
+    told = capsys.readouterr().err
+    assert exit.value.code == 2 and f"cannot write {tmp_path / output}: " in told
+
+
+def test_a_model_without_kernels_is_drawn(tmp_path):
+    kinds = [{"name": "norm_matmul_kernel", "a_step": 30, "us_a_step": 90.0}]
+    step = {"context": 512, "us": 764.7, "kinds": kinds}
+    file, output = tmp_path / "gpu.json", tmp_path / "gpu.png"
+    measured = {"device": "H100", "commit": "e176c79483b5", "rows": [], "step": step}
+    file.write_text(json.dumps(measured))
+    assert gpu_plot.main([str(file), "-o", str(output)]) == 0 and output.is_file()
