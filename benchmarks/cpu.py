@@ -32,6 +32,7 @@ from benchmarks.cpu_kernels import measure_kernels, measure_stream
 from benchmarks.cpu_model import load_models, measure_model
 from benchmarks.cpu_page import plot, table
 from benchmarks.cpu_peer import CACHES, FORMATS
+from benchmarks.sigterm import ended_by_sigterm
 from benchmarks.worker import WorkerError
 from command_line import Parser
 from runtime.artifact import Artifact
@@ -163,14 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_kv_bits(options.kv_bits, artifact.kv_bits)
         target = choose_target(options.target, artifact.target, options.only)
         make_writable(options.output)
-        bench = Bench(options, target)
-        try:
-            measure_all(bench)
-        finally:  # what is measured is kept, whatever ended it
-            bench.close()
-            if bench.rows:
-                write(bench)
-                kept = f"{options.output / 'cpu.md'} has what was measured"
+        with ended_by_sigterm():
+            bench = Bench(options, target)
+            try:
+                measure_all(bench)
+            finally:  # what is measured is kept, whatever ended it
+                bench.close()
+                if bench.rows:
+                    write(bench)
+                    kept = f"{options.output / 'cpu.md'} has what was measured"
     except (WorkerError, ArtifactError, OSError) as error:
         print(f"benchmarks.cpu: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+
+from benchmarks.sigterm import ended_by_sigterm
 
 TESTS = ("tests/schedules", "tests/compiler/test_pipeline.py", "tests/test_end_to_end.py")
 ALONE = ("tests/compiler/test_gpu_memory.py",)  # fills the GPU, so beside no other
@@ -106,20 +108,6 @@ def sanitize(tools: Sequence[str], processes: int) -> dict[str, str]:
             {file: log for (other, file), log in zip(jobs, logs, strict=True) if other == tool}
         )
     return found
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM, which a limit of time outside sends, ends what is within as Ctrl-C does."""
-
-    def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def watch(program: str, tool: str, file: str, directory: Path) -> str | None:

@@ -190,9 +190,9 @@ def test_positions_are_checked_before_anything_is_measured(tmp_path, options, re
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-@pytest.mark.parametrize("ending", [WorkerError("ours: ended"), KeyboardInterrupt()])
+@pytest.mark.parametrize("ending", [WorkerError("ours: ended"), KeyboardInterrupt(), None])
 def test_what_is_measured_is_kept(tmp_path, generic_artifact, monkeypatch, capsys, ending, rows):
-    """A group that fails, or Ctrl-C, before and after the first row."""
+    """A group that fails, Ctrl-C, or SIGTERM, before and after the first row."""
 
     class Bench:
         def __init__(self, options, target):
@@ -205,14 +205,21 @@ def test_what_is_measured_is_kept(tmp_path, generic_artifact, monkeypatch, capsy
 
     def measure(bench):
         bench.rows += rows * [cpu_page.Row("model", "pp8", 1, 8, "token", {"ours": [1.0]})]
-        raise ending
+        if ending:
+            raise ending
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(cpu, "Bench", Bench)
     monkeypatch.setattr(cpu, "measure_all", measure)
-    code = cpu.main([str(generic_artifact), "-o", str(tmp_path / "out"), "-t", "1"])
-    assert code == (130 if isinstance(ending, KeyboardInterrupt) else 2)
+    arguments = [str(generic_artifact), "-o", str(tmp_path / "out"), "-t", "1"]
+    if ending:
+        assert cpu.main(arguments) == (130 if isinstance(ending, KeyboardInterrupt) else 2)
+    else:
+        with pytest.raises(SystemExit) as exit:
+            cpu.main(arguments)
+        assert exit.value.code == 143
     told, page = capsys.readouterr().err, tmp_path / "out" / "cpu.md"
-    assert told.count("\n") == 1
+    assert told.count("\n") == (1 if ending else 0)
     if isinstance(ending, KeyboardInterrupt):
         assert (f"{page} has what was measured" in told) == bool(rows)
     if not rows:
