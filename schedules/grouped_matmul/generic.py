@@ -1,11 +1,13 @@
 """grouped_matmul on any CPU: a row of the table is unpacked once, to L1, for all rows of q.
 
-for n in N:                                  parallel
-    codes[K] = code[n, :]                    int8, vectorised by LLVM
-    for m in M:
-        for group in K/64:
-            acc += group_scale * sum_j q[m, 64 group + j] * codes[64 group + j]
-        out[m, n] = acc * (scale[m] * w_scale[n])
+    for n in N:                                  parallel
+        codes[K] = code[n, :]                    int8, vectorised by LLVM
+        for m in M:
+            for group in K/64:
+                acc += group_scale * sum_j q[m, 64 group + j] * codes[64 group + j]
+            out[m, n] = acc * (scale[m] * w_scale[n])
+
+Measured: not yet.
 """
 
 from tvm.script import tirx as T
