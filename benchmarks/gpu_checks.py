@@ -27,7 +27,7 @@ TOOLS = ("memcheck", "racecheck")
 UNFINISHED = "unfinished:"
 PASSED = re.compile(r"\b[1-9]\d* passed")
 SUMMARY = re.compile(r"SUMMARY: (.*)")
-MINUTES = 8  # the longest takes under one by itself, and some six beside 13 others
+MINUTES = 8  # the longest took some five beside 13 others
 TOOLKIT = Path("/usr/local/cuda/bin")
 # file of tests/schedules -> the tests of it that a sanitizer watches; those that take longest first
 SANITIZED = {
