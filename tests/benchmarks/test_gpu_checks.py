@@ -94,13 +94,21 @@ def test_an_interrupted_run_leaves_no_sanitizer_behind(sanitizer, tmp_path, numb
     pids = tmp_path / "pids"
     program = Path(gpu_checks.find_sanitizer())
     program.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 600\n")
-    run = "from benchmarks import gpu_checks; gpu_checks.sanitize(('memcheck',), 3)"
+    run = (
+        "import signal; from benchmarks import gpu_checks;"
+        # where tests run in the background, SIGINT is ignored by all that they start
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "gpu_checks.sanitize(('memcheck',), 3)"
+    )
     with subprocess.Popen([sys.executable, "-c", run], cwd=SCHEDULES.parents[1]) as process:
-        while not pids.exists() or len(pids.read_text().split()) < 3:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(number)
-        assert process.wait(60) != 0
+        try:
+            while not pids.exists() or len(pids.read_text().split()) < 3:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(number)
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
     started = [int(pid) for pid in pids.read_text().split()]
     for pid in started:
         wait_for_end(pid)
