@@ -105,8 +105,10 @@ def test_refusals(tmp_path, options, problem):
     assert done.returncode == 2 and problem in done.stderr, done.stderr
 
 
+# where tests run in the background, SIGINT is ignored by all that they start
 CTRL_C = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 from benchmarks.worker import Worker
 from pathlib import Path
