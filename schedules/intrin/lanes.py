@@ -64,8 +64,8 @@ _filled: ContextVar[int] = ContextVar("filled", default=L1)
 
 @contextmanager
 def prefetches_into_l2() -> Iterator[None]:
-    """What is parsed within asks for lines into L2: the few misses that L1 may have at once are
-    left to loads. Also a decorator of a kernel's factory."""
+    """What is parsed within asks for lines into L2 and not, as elsewhere, into L1. Also a decorator
+    of a kernel's factory."""
     before = _filled.set(L2)
     try:
         yield

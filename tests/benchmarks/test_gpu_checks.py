@@ -50,7 +50,7 @@ def test_files_without_a_good_end_are_told_and_lose_no_other(sanitizer, monkeypa
     selected = gpu_checks.SANITIZED["glu_matmul"]
     files = {"glu_matmul": selected, "rope": "fails", "embedding": "hangs", "kv_append": "skips"}
     monkeypatch.setattr(gpu_checks, "SANITIZED", files)
-    monkeypatch.setattr(gpu_checks, "MINUTES", 1 / 60)
+    monkeypatch.setattr(gpu_checks, "MINUTES", 1 / 12)
     program = Path(gpu_checks.find_sanitizer())
     ends = 'case "$*" in *fails*) echo "1 failed"; exit 1;; *hangs*) echo test_x; sleep 60;; '
     ends += '*skips*) echo "3 skipped"; exit 0;; esac'
@@ -84,7 +84,7 @@ def test_what_a_command_started_ends_with_it(tmp_path):
     """A child that holds the pipe would keep the run from its end, and the GPU busy."""
     pid = tmp_path / "pid"
     child = f"sleep 600 & echo $! > {pid}; echo begun; sleep 600"
-    assert gpu_checks.finish(["sh", "-c", child], 1) == (None, "begun\n")
+    assert gpu_checks.finish(["sh", "-c", child], 5) == (None, "begun\n")
     wait_for_end(int(pid.read_text()))
     assert gpu_checks.finish(["sh", "-c", "echo out; exit 3"], 60) == (3, "out\n")
 

@@ -7,6 +7,10 @@ import tvm
 from tvm.script import tirx as T
 
 from schedules.intrin.lanes import prefetch, prefetches_into_l2
+from schedules.sparse_ternary_matmul import avx512vnni, zen4
+from schedules.targets import TARGETS
+from schedules.ternary_matmul import avx512vbmi
+from schedules.ternary_matmul import zen4 as ternary_zen4
 
 
 def kernel():
@@ -31,3 +35,21 @@ def test_what_is_parsed_afterwards_fills_l1_again():
     with pytest.raises(RuntimeError), prefetches_into_l2():
         raise RuntimeError
     test_cache_that_a_prefetch_fills(kernel, 3)
+
+
+@pytest.mark.parametrize(
+    "factory, arguments, locality",
+    [
+        (avx512vnni.kernel, (), 3),
+        (zen4.kernel, (), 2),
+        (avx512vbmi.kernel, (4, "scale"), 3),
+        (ternary_zen4.kernel, (4, "scale"), 2),
+        (ternary_zen4.kernel, (8, "scale"), 2),
+        (ternary_zen4.kernel, (4, "glu"), 2),
+    ],
+)
+def test_zen4_fills_l2(factory, arguments, locality):
+    bits, end = arguments[:1], arguments[1:]
+    text = factory(256, 64, *bits, TARGETS["x86-zen4"], *end).script()
+    asked = [line for line in text.splitlines() if "llvm.prefetch" in line]
+    assert asked and all(f", 0, {locality}, 1)" in line for line in asked)
