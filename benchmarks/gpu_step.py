@@ -5,7 +5,7 @@
 A step is the span from its first kernel's start to its last one's end, so that what the host does
 between steps (it takes the logits) is not in it. Launches overlap (LaunchEarly): a launch is
 charged from the end of the one before it in the order of their ends, and the charges add up to the
-span.
+span. Beside it a token as `runtime.generate` has it: the host's wall time, draw included.
 """
 
 import statistics
@@ -25,8 +25,10 @@ from runtime import cli
 from runtime.artifact import Artifact
 from runtime.engine import Engine
 from runtime.errors import RuntimeRefusal, require_whole
+from runtime.sampler import Sampler
 
 WARM, STEPS = 8, 40
+TOP_K = 40
 PAUSE = 5e-4  # seconds between steps: one is told from the next by its silence
 SILENCE = 100  # us
 
@@ -114,9 +116,21 @@ def measure(engine: Engine, context: int) -> dict[str, Any]:
         for event in profiled.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name
     ]
-    found = {"context": context, **summarize(launches)}
+    tokens = time_tokens(engine, token, context)
+    found = {"context": context, "token": tokens, **summarize(launches)}
     show(found)
     return found
+
+
+def time_tokens(engine: Engine, token: int, context: int) -> dict[str, Any]:
+    """Of `Engine.decode_token`: a token in, the one drawn after it out, of the TOP_K likeliest."""
+    sampler, times = Sampler(temperature=1.0, top_k=TOP_K, top_p=1.0, seed=0), []
+    for i in range(WARM + STEPS):
+        started = time.perf_counter()
+        token = engine.decode_token(token, 0, context + i, sampler)
+        times.append((time.perf_counter() - started) * 1e6)
+    times = times[WARM:]
+    return {"us": statistics.median(times), "range_us": [min(times), max(times)]}
 
 
 def show(step: dict[str, Any]) -> None:
@@ -125,6 +139,8 @@ def show(step: dict[str, Any]) -> None:
         f"step at {step['context']}: {step['us']:.1f} us ({low:.1f}-{high:.1f}, "
         f"{step['steps']} steps), {step['launches']} launches"
     )
+    token, (low, high) = step["token"], step["token"]["range_us"]
+    print(f"token in to token out, on the host: {token['us']:.1f} us ({low:.1f}-{high:.1f})")
     for kind in step["kinds"]:
         us = kind["us_a_step"] / kind["a_step"]
         print(f"  {kind['a_step']:4} x {us:7.2f} us = {kind['us_a_step']:7.1f} us  {kind['name']}")

@@ -11,9 +11,9 @@ from tvm.runtime import Executable
 from tvm.support import cc
 
 from compiler.config import BuildError
-from compiler.passes.add_sampler import add_sampler
 from compiler.passes.bound_rows import bound_rows
 from compiler.passes.capture_decode import capture_decode
+from compiler.passes.draw_token import draw_token
 from compiler.passes.drop_checks import drop_checks
 from compiler.passes.drop_unread_lists import drop_unread_lists
 from compiler.passes.dump_ir import dump_ir
@@ -50,7 +50,7 @@ def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[P
         fuse_one_row,
         drop_unread_lists,
         fuse_prompts,
-        add_sampler,
+        draw_token,
         transform.DeadCodeElimination(),
         *dump("1-specialized"),
         # Phase 2: every dialect call becomes a call of its kernel, stock ops become loops

@@ -5,6 +5,8 @@ cpu    | mapped, shared       | aligned copies                | a view
 cuda   | copied once, at load | written into the same tensors | copied back
        |                      | at every call: a captured     |
        |                      | graph knows their addresses   |
+
+A step that draws its token (`decode_token`) has neither: runtime/mailbox.py.
 """
 
 import math
@@ -17,6 +19,7 @@ import numpy as np
 
 from runtime import host, tvm_runtime
 from runtime.errors import ArtifactError, RuntimeRefusal
+from runtime.mailbox import Mailbox
 
 PAGE_BYTES = 4096
 REASON = 200  # characters of what TVM says that are passed on
@@ -46,6 +49,9 @@ class Device(Protocol):
 
     def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
         """Whether the next call of `step` is the first of its row count, and will be captured."""
+
+    def mailbox(self) -> Mailbox | None:
+        """For steps that draw their token; None where the host does."""
 
     @property
     def takes_memory_at_once(self) -> bool:
@@ -94,6 +100,9 @@ class Cpu:
 
     def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
         return False
+
+    def mailbox(self) -> None:
+        return None
 
     @property
     def takes_memory_at_once(self) -> bool:
@@ -190,6 +199,15 @@ class Cuda:
 
     def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
         return row_counts(arrays) not in self._inputs.get(step, {})
+
+    def mailbox(self) -> Mailbox:
+        try:
+            return Mailbox(self._gpu)
+        except RuntimeError as error:
+            raise RuntimeRefusal(
+                f"device: asked for a page of memory that the GPU may read: {shortened(error)}; "
+                "possible: to end what else runs on this host"
+            ) from error
 
     @property
     def takes_memory_at_once(self) -> bool:

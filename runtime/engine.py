@@ -21,7 +21,6 @@ from runtime.kv_cache import KVCache
 from runtime.sampler import Sampler
 
 PREFILL_ROWS = 256  # rows a step, where the artifact names none: one read of the weights for all
-SAMPLE_DTYPES = (np.float32, np.int32, np.float32, np.float64)  # compiler/passes/add_sampler.py
 SCORE_ROWS = 64  # the same where each row's V logits are wanted
 
 
@@ -41,12 +40,10 @@ class Engine:
         self._device = cache.device
         self._module = artifact.open_library(self._device)
         self._functions = {name: self._function(name) for name in ("prefill", "decode")}
-        optional = {"sample": "sample"} | {
-            name: f"{name}_kv{self.kv_bits}" for name in ("decode_one", "decode_sparsity")
-        }
-        for name, full_name in optional.items():
-            if function := tvm_runtime.function_or_none(self._module, full_name):
+        for name in ("decode_one", "decode_token", "decode_sparsity"):
+            if function := tvm_runtime.function_or_none(self._module, self._full_name(name)):
                 self._functions[name] = function
+        self._mailbox = self._device.mailbox() if "decode_token" in self._functions else None
         self._parameters = artifact.parameters(self._device)
         tvm_runtime.use_threads(threads)
         if self._device.takes_memory_at_once:
@@ -57,6 +54,8 @@ class Engine:
         rows = min(self._prompt_rows, self.context)
         self._append(np.zeros(rows, np.int64), 0, 0, [rows - 1])
         self.decode([0], [0], [0])
+        if self.draws_on_device:
+            self.decode_token(0, 0, 0, Sampler(temperature=0))
 
     @property
     def _prompt_rows(self) -> int:
@@ -98,8 +97,11 @@ class Engine:
         device.require(parts | artifact.step_bytes(bits, slots, context))
         return cls(artifact, _open_tokenizer(artifact), cache, threads)
 
+    def _full_name(self, name: str) -> str:
+        return f"{name}_kv{self.kv_bits}"
+
     def _function(self, name: str) -> Any:
-        full_name = f"{name}_kv{self.kv_bits}"
+        full_name = self._full_name(name)
         function = tvm_runtime.function_or_none(self._module, full_name)
         if function is None:
             raise ArtifactError(f"artifact {self.artifact.path}: its library has no {full_name}")
@@ -108,7 +110,7 @@ class Engine:
     @property
     def draws_on_device(self) -> bool:
         """Whether `decode_token` leaves the logits where they are, on a GPU."""
-        return "sample" in self._functions
+        return self._mailbox is not None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -157,14 +159,14 @@ class Engine:
     def prefill(self, token_ids: Sequence[int], slot: int = 0, start: int = 0) -> np.ndarray:
         """Append tokens to a slot from position `start` on; logits f32[V] of the last one."""
         tokens = self._check_sequence(token_ids, start)
-        logits = np.empty(0, np.float32)
+        logits = np.empty((1, 0), np.float32)
         rows = self._prompt_rows
         for begin in range(0, len(tokens), rows):
             chunk = tokens[begin : begin + rows]
-            logits = self._append(chunk, slot, start + begin, [len(chunk) - 1])[0]
-        logits = logits.copy()  # its memory goes back with the rest
+            logits = self._append(chunk, slot, start + begin, [len(chunk) - 1])
+        logits = logits if logits.flags.owndata else logits.copy()  # it goes back with the rest
         self._device.end_prompt()
-        return logits
+        return logits[0]
 
     def score(self, token_ids: Sequence[int], slot: int = 0) -> np.ndarray:
         """Logits f32[N, V] of every position of a text, from position 0 on.
@@ -192,15 +194,17 @@ class Engine:
     def decode_token(self, token: int, slot: int, position: int, sampler: Sampler) -> int:
         """One step of one row, and the token that follows it.
 
-        On a GPU the token is drawn there, where its `sample` can; the logits then stay.
+        On a GPU the step draws it, where its `sample` can; the logits then stay.
         """
-        found = self._run("decode", *self._check_rows([token], [slot], [position]))
         uniform = sampler.draw()
-        if self.draws_on_device:
-            settings = sampler.temperature, sampler.top_k, sampler.top_p, uniform
-            rows = [np.array([v], t) for v, t in zip(settings, SAMPLE_DTYPES, strict=True)]
-            inputs = self._device.inputs("sample", rows)
-            drawn = int(self._device.fetch(self._functions["sample"](found, *inputs))[0])
+        if self._mailbox is None:
+            found = self._run("decode", *self._check_rows([token], [slot], [position]))
+        else:
+            row = self._check_row(token, slot, position)
+            self._mailbox.ask(row, sampler.temperature, sampler.top_k, sampler.top_p, uniform)
+            _, found = self._launch("decode_token", self._mailbox.tensors, self._mailbox.is_new)
+            self._mailbox.is_new = False
+            drawn = self._mailbox.wait()
             if drawn >= 0:
                 return drawn
         return sampler.sample(self._device.fetch(found)[0], uniform)
@@ -219,10 +223,10 @@ class Engine:
         return self._call("decode_sparsity", *checked).copy()
 
     def _append(self, tokens: np.ndarray, slot: int, start: int, rows: Sequence[int]) -> np.ndarray:
-        """Arrays: thousands of Python's numbers are checked in the time of a layer."""
-        positions = np.arange(start, start + len(tokens))
-        checked = self._check_rows(tokens, np.full(len(tokens), slot), positions)
-        return self._call("prefill", *checked, np.asarray(rows, np.int64))
+        """Of checked tokens, as an array: to check rows again would take the time of a layer."""
+        slots = whole_array("slots", [slot], self.cache.slots).repeat(len(tokens))
+        positions = whole_array("positions", [start], self.context) + np.arange(len(tokens))
+        return self._call("prefill", tokens, slots, positions, np.asarray(rows, np.int64))
 
     def _call(self, name: str, *arrays: np.ndarray) -> np.ndarray:
         return self._device.fetch(self._run(name, *arrays))
@@ -232,11 +236,15 @@ class Engine:
         is_step = name == "decode"
         if is_step and len(arrays[0]) == 1 and "decode_one" in self._functions:
             name = "decode_one"
-        will_capture = is_step and self._device.is_new(name, arrays)
-        arguments = [*self._device.inputs(name, arrays), self.cache.tensors, self._parameters]
+        is_new = is_step and self._device.is_new(name, arrays)
+        return self._launch(name, self._device.inputs(name, arrays), is_new)
+
+    def _launch(self, name: str, inputs: Sequence[Any], is_new: bool) -> Any:
+        """is_new: the call will capture a graph."""
+        arguments = [*inputs, self.cache.tensors, self._parameters]
         try:
-            if will_capture:
-                tvm_runtime.fill_pool(self._module, f"{name}_kv{self.kv_bits}", arguments)
+            if is_new:
+                tvm_runtime.fill_pool(self._module, self._full_name(name), arguments)
             return self._functions[name](*arguments)
         except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
             if refusal := self._device.why(str(error)):
@@ -258,6 +266,15 @@ class Engine:
                 "possible: a shorter prompt"
             )
         return whole_array("token ids", token_ids, self.shape.vocab_size)
+
+    def _check_row(self, token: int, slot: int, position: int) -> tuple[int, int, int]:
+        """`_check_rows` of one row, in a tenth of its time."""
+        row = token, slot, position
+        limits = self.shape.vocab_size, self.cache.slots, self.context
+        if all(type(v) is int and 0 <= v < n for v, n in zip(row, limits, strict=True)):
+            return row
+        token, slot, position = (int(v[0]) for v in self._check_rows([token], [slot], [position]))
+        return token, slot, position
 
     def _check_rows(
         self, tokens: Numbers, slots: Numbers, positions: Numbers

@@ -26,9 +26,12 @@ from runtime.errors import ArtifactError, RuntimeRefusal
 ALIGNMENT = 64  # bytes: what TVM's kernels assume of every tensor
 THREADS = "TVM_NUM_THREADS"
 ALL_BIG_CORES = 1  # `runtime.config_threadpool`'s affinity mode
+CUDA_HOST = 3  # of DLPack's device types: memory of the host that is page-locked
 POOLED = 2  # the virtual machine's allocator that keeps what it frees
 _configured = threading.local()
 _environment_lock = threading.Lock()
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 
 
 @functools.cache
@@ -103,6 +106,38 @@ class Gpu:
         array = np.empty(tensor.shape, str(tensor.dtype))
         function("runtime.TVMTensorCopyToBytes")(tensor, address(array), array.nbytes)
         return array
+
+    def page_locked(self, count: int) -> tuple[np.ndarray, Any]:
+        """`count` int64 of the host that the GPU can address: an array, and the same memory as a
+        tensor of the GPU, for whose kernels it is like any other. RuntimeError: none was granted.
+        """
+        tvm_ffi = load()
+        shape, dtype = tvm_ffi.Shape([count]), tvm_ffi.dtype("int64")
+        place = tvm_ffi.device(CUDA_HOST, self.device.index)
+        tensor = function("runtime.TVMTensorAllocWithScope")(shape, dtype, place, None)
+        capsule = tensor.__dlpack__()
+        head = _Head.from_address(_pointer_of(capsule, b"dltensor"))
+        room = (ctypes.c_int64 * count).from_address(head.data)
+        head.device_type = self.device.dlpack_device_type()
+        alias = tvm_ffi.from_dlpack(capsule)  # keeps the memory
+        room.alias = alias  # type: ignore[attr-defined]
+        array = np.frombuffer(memoryview(room), np.int64)
+        array[:] = 0
+        return array, alias
+
+    def wait(self) -> None:
+        """Until all that was launched has ended. RuntimeError tells what went wrong in it."""
+        function("runtime.Device_StreamSync")(self.device, 0)
+
+
+class _Head(ctypes.Structure):
+    """Of a DLManagedTensor, as DLPack lays it out."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+    )
 
 
 def address(array: np.ndarray) -> ctypes.c_void_p:

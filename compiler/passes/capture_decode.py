@@ -20,7 +20,7 @@ from compiler.kernels import in_force
 from compiler.passes.record_workspace import storage_size
 from schedules.targets import GpuTarget
 
-CAPTURED = ("decode_kv", "decode_one_kv")
+CAPTURED = ("decode_kv", "decode_one_kv", "decode_token_kv")
 RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
 CACHED_ALLOC = "vm.builtin.cuda_graph.get_cached_alloc"
 

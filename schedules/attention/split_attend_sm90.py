@@ -6,8 +6,7 @@ heads, then weighs the scores of one head, then unpacks a share of the values' b
     lanes of a warp   | keys                             | values
     lane // (32 / H)  |                                  | 64 / H positions, then the head it sums
     lane % (32 / H)   |                                  | bytes of the warp's share of a row
-    lane // (64 / H)  | words of a key: H / 2 parts      |
-    lane % (64 / H)   | the key; H = 1: two, 32 apart    |
+    lane              | the key; H = 1: two, 32 apart    |
 """
 
 from typing import Any
@@ -78,15 +77,12 @@ class Block(Tile):
     def _share_dots(self) -> None:
         """q8 . k of every head and the warp's share of the keys, by codes that are not negative."""
         form, heads = self.form, self.form.heads
-        keys, parts = KEYS // heads, max(1, heads // 2)
-        halves, count = 2 // min(heads, 2), form.plane // 4
-        part = T.bind(self.lane // keys * (count // parts)) if parts > 1 else 0
-        own = T.bind(self.h * keys + self.lane % keys)
+        halves, count = 2 // heads, form.plane // 4
+        own = T.bind(self.h * cuda.WARP + self.lane)
         dots = cuda.local("int32", heads * halves)
         for i in range(heads * halves):
             cuda.store(dots, T.int32(0), i)
-        with T.serial(count // parts) as step:
-            i = T.bind(part + step)
+        with T.serial(count) as i:
             packed = [self._key_words(i, own + half * cuda.WARP) for half in range(halves)]
             for f in range(form.fields):
                 codes = [T.reinterpret("int32", form.field(words, f)) for words in packed]
@@ -98,11 +94,8 @@ class Block(Tile):
                         cuda.store(dots, cuda.dp4a(q, codes[half], dots[at]), at)
         for h in range(heads):
             for half in range(halves):
-                total = T.bind(dots[h * halves + half])
-                if parts > 1:
-                    total = T.bind(total + cuda.shuffle_xor(total, keys))
                 at = self.of_head(h, 4 * half * cuda.WARP) + cuda.offset(4 * own)
-                cuda.ptx("st.shared.b32", at, T.reinterpret("uint32", total))
+                cuda.ptx("st.shared.b32", at, T.reinterpret("uint32", dots[h * halves + half]))
 
     def _key_words(self, i: Expr, row: Expr) -> tuple[Expr, ...]:
         """Word i of the low plane of a key; of a 3-bit row, the word of its high bits too, the bit

@@ -12,7 +12,7 @@ from schedules.intrin import cuda
 
 BLOCKS = 8  # C
 UNITS = 4  # U
-HEADS = (4, 2, 1)  # H: they divide C, so that a block's outputs are of one head
+HEADS = (2, 1)  # H: they divide C, so that a block's outputs are of one head
 LARGEST_TILE = 40 * 1024  # of 48 KB that a block has unasked
 STATE_BYTES = 16  # a share's peak and total, float64
 EXCHANGE_BYTES = 352  # a head's dot products, weights and factors for 64 positions

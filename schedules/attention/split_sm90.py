@@ -13,8 +13,12 @@
     tile | value | bound by
     64   |       | the definition: the positions that share a unit
     C    | 8     | the largest portable cluster: one round up to a context of 512 with one u busy
-    U    | 4     | 16 warps with the four heads of a group, 4096 positions in two rounds
-    H    | 4, 2 or 1: what divides a group of heads; K and V are read and unpacked once for all H
+    U    | 4     | 4096 positions in two rounds
+    H    | 2, 1  | what divides a group of heads; K and V are read and unpacked once for all H. Four
+                   are 512 threads of 128 registers: all of a multiprocessor, so that no neighbour's
+                   launch lies beside it. A token of 2B-4T shapes at 0, 512, 4000, H100, us:
+                   four 725, 747, 905; two 710, 736, 846; one 725, 757, 942; two with U = 2 726,
+                   735, 1007
 
 With `Rope` the kernel also turns q and the row's own key, and appends key and value to the cache:
 what rope and kv_append do, for the one row of a step. The block that holds the row's position then

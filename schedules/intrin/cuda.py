@@ -216,16 +216,27 @@ class Scratch:
 
     def scan(self, value: Expr) -> tuple[Expr, Expr]:
         """(sum of the int32 values of earlier threads, sum of all)."""
+        earlier, within, total = self._scan(value)
+        return earlier + within - value, total
+
+    def running_sum(self, value: Expr) -> Expr:
+        """Sum of the values of the threads up to this one."""
+        earlier, within, _ = self._scan(value)
+        return earlier + within
+
+    def _scan(self, value: Expr) -> tuple[Expr, Expr, Expr]:
+        """Sums of earlier warps, of the warp's lanes up to this one, of all."""
+        zero = T.cast(0, str(value.ty.dtype))
         within = self._scan_warp(value)
         of_warp = self.share(within)
-        warps = self._scan_warp(self.of_lane(of_warp, T.int32(0)))
+        warps = self._scan_warp(self.of_lane(of_warp, zero))
         this = T.bind(self.t // WARP)
         earlier = T.bind(shuffle(warps, T.max(this - 1, 0)))
         total = T.bind(shuffle(warps, self.warps - 1))
-        return T.Select(this > 0, earlier, 0) + within - value, total
+        return T.Select(this > 0, earlier, zero), within, total
 
     def _scan_warp(self, value: Expr) -> Expr:
-        running = local("int32", 1)
+        running = local(str(value.ty.dtype), 1)
         store(running, value, 0)
         for step in (1, 2, 4, 8, 16):
             other = T.bind(shuffle_up(running[0], step))

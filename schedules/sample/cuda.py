@@ -1,29 +1,32 @@
-"""sample on CUDA: a block a row; what runtime/sampler.py does, without the logits leaving the GPU.
+"""sample on CUDA; what runtime/sampler.py does, without the logits leaving the GPU. Two launches.
 
-    for m in M:                                         blockIdx.x
-        best[t] = largest logit of t, t + 1024, ...     threadIdx.x; one read of the row
+    for 8 groups g of G, m in M:                     blockIdx.x, threadIdx.y; blockIdx.y
+        best[m, g] = largest logit of the group      a warp; all of the chip reads the row once
+    for m in M:                                      blockIdx.x
         if temperature is 0 or top_k is 1: the largest of them, and no more
-        bound = the top_k-th largest of best            as many logits reach it, or more
-                or of 128 groups of 8, up to top_k 128: 28 steps of sorting for 55
-        list of (logit, id) that reach bound            two more reads, from L2: count, then write
-        sort, the largest first, ties to the lower id   bitonic, in shared memory, as many as listed
-        p[i] = exp((logit[i] - max) / temperature)      float64, i < top_k
+        bound = the top_k-th largest of best         as many logits reach it, or more
+                or of 128 of 8 groups each           up to top_k 64, by counting which are larger
+        list of (logit, id) that reach bound         a warp a group whose best does
+        in order, the largest first,                 up to 128 of them by counting, else bitonic,
+                  ties to the lower id               in shared memory
+        p[i] = exp((logit[i] - max) / temperature)   float64, i < top_k
         sums = running sums of p
         size = the first i with sums[i] >= top_p * sums[top_k - 1], that one included
         token = the id of the first i with sums[i] > uniform * sums[size - 1]
 
     tile    | value | bound by
-    THREADS | 1024  | top_k at most: the bound is one of the threads' best
-    BATCH   | 16    | loads in flight: one at a time, a read of 128256 logits waits 126 times
+    GROUPS  | 1024  | G; top_k at most, as the bound is the best of one of them
+    THREADS | 1024  | of the second launch: one a group
     LISTED  | 2048  | 16 KB to sort; logits that tie with the bound can be more
 
 A result below 0 is no token: NOT_FINITE if the largest logit is no number, TOO_MANY if the row is
 the host's to sample (top_k of 0 or above 1024, or more logits than LISTED reach the bound).
 Logits order as integers of the same bits, once negative ones have theirs flipped; what is no number
 comes first, whatever its sign.
+
+One block for all, three reads of 128256 logits and 55 steps of sorting, took 69 us on an H100.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from tvm.ir import Expr
@@ -33,15 +36,16 @@ from tvm.tirx import PrimFunc, Var
 from schedules.intrin import cuda
 from schedules.targets import GpuTarget
 
-THREADS = 1024
-BATCH = 16
+GROUPS = THREADS = 1024
+WARPS = 8  # of a block of the first launch
 LISTED = 2048
 NOT_FINITE, TOO_MANY = -1, -2
 LOW_32 = 0xFFFFFFFF
 INFINITE = 0x7F800000  # the bits of a float32; what lies above is no number
 NOT_A_NUMBER = 0x7FC00000
 LAST = -(1 << 63)  # sorts behind every entry
-GROUP = 8  # neighbouring threads whose best is one, where THREADS / GROUP are enough
+FEW = 128  # entries that are put in order by counting
+SHARE = THREADS // FEW  # threads that count for one
 
 
 def entry_of(logit: Expr, token: Expr) -> Expr:
@@ -54,15 +58,21 @@ def entry_of(logit: Expr, token: Expr) -> Expr:
     return T.bind(high | (T.int64(LOW_32) - T.cast(token, "int64")))
 
 
-def each_entry(logits, vocab: int, m, t, body: Callable[[Expr], None]) -> None:
-    """body(entry) of the thread's logits t, t + THREADS, ...; LAST past the vocabulary."""
-    batch = cuda.local("float32", BATCH)
-    with T.serial(-(-vocab // (THREADS * BATCH))) as step:
-        tokens = [T.bind((step * BATCH + i) * THREADS + t) for i in range(BATCH)]
-        for i, token in enumerate(tokens):
-            cuda.store(batch, logits[m, T.min(token, vocab - 1)], i)
-        for i, token in enumerate(tokens):
-            body(T.bind(T.if_then_else(token < vocab, entry_of(batch[i], token), T.int64(LAST))))
+def entries_of(logits, vocab: int, m: Expr, group: Expr, lane: Expr) -> list[Expr]:
+    """The lane's of a group, LAST past its end; groups differ by one logit at most."""
+
+    def first_of(group: Expr) -> Expr:
+        return T.bind(T.cast(T.cast(group, "int64") * vocab // GROUPS, "int32"))
+
+    first, end, most = first_of(group), first_of(group + 1), -(-vocab // GROUPS)
+    tokens = [T.bind(first + i + lane) for i in range(0, most, cuda.WARP)]
+    loaded = cuda.local("float32", len(tokens))  # all on their way before one is looked at
+    for i, token in enumerate(tokens):
+        cuda.store(loaded, logits[m, T.min(token, vocab - 1)], i)
+    return [
+        T.bind(T.if_then_else(token < end, entry_of(loaded[i], token), T.int64(LAST)))
+        for i, token in enumerate(tokens)
+    ]
 
 
 def logit_of(entry: Expr) -> Expr:
@@ -72,6 +82,17 @@ def logit_of(entry: Expr) -> Expr:
 
 def token_of(entry: Expr) -> Expr:
     return T.int64(LOW_32) - (entry & T.int64(LOW_32))
+
+
+def largest_of(value: Expr, lanes: int = cuda.WARP) -> Expr:
+    """The largest int64 of this many neighbouring lanes, known to each."""
+    most = cuda.local("int64", 1)
+    cuda.store(most, value, 0)
+    while lanes > 1:
+        lanes //= 2
+        other = T.bind(cuda.shuffle_xor(most[0], lanes))
+        cuda.store(most, T.max(most[0], other), 0)
+    return T.bind(most[0])
 
 
 def swap_into_order(entries, t: Expr, doublings: Expr) -> None:
@@ -97,73 +118,99 @@ def doublings_of(count: Expr) -> Expr:
     return T.bind(steps)
 
 
-def find_bound(entries, best: Expr, keep: Expr, t: Expr) -> Expr:
-    """The keep-th largest of the threads' best, or of the groups' where there are enough."""
-    few = T.bind(keep <= THREADS // GROUP)
-    of_group = cuda.local("int64", 1)
-    cuda.store(of_group, best, 0)
-    for lanes in (1, 2, 4):
-        other = T.bind(cuda.shuffle_xor(of_group[0], lanes))
-        cuda.store(of_group, T.max(of_group[0], other), 0)
-    for half in range(LISTED // THREADS):
-        cuda.store(entries, T.int64(LAST), half * THREADS + t)
-    cuda.sync()
-    with T.If(few):
-        with T.Then(), cuda.when(t % GROUP == 0):
-            cuda.store(entries, of_group[0], t // GROUP)
+def count_larger(entries, t: Expr) -> tuple[Expr, Expr]:
+    """(one of the first FEW entries, how many of them are larger); SHARE threads have the same."""
+    own, part = T.bind(entries[t // SHARE]), t % SHARE
+    larger = cuda.local("int32", 1)
+    cuda.store(larger, T.int32(0), 0)
+    with cuda.unrolled(FEW // SHARE) as i:
+        is_larger = entries[i * SHARE + part] > own
+        cuda.store(larger, larger[0] + T.cast(is_larger, "int32"), 0)
+    lanes = SHARE
+    while lanes > 1:
+        lanes //= 2
+        other = T.bind(cuda.shuffle_xor(larger[0], lanes))
+        cuda.store(larger, larger[0] + other, 0)
+    return own, T.bind(larger[0])
+
+
+def find_bound(entries, bound, best: Expr, keep: Expr, t: Expr) -> Expr:
+    """The keep-th largest best of a group, or of SHARE groups where those are twice as many."""
+    of_several = largest_of(best, SHARE)
+    with cuda.when(t == 0):
+        cuda.store(bound, T.int64(LAST), 0)
+    with T.If(2 * keep <= FEW):
+        with T.Then():
+            with cuda.when(t % SHARE == 0):
+                cuda.store(entries, of_several, t // SHARE)
+            cuda.sync()
+            own, larger = count_larger(entries, t)
+            with cuda.when(larger == T.max(keep, 1) - 1):
+                cuda.store(bound, own, 0)
         with T.Else():
-            cuda.store(entries, best, t)
-    count = T.Select(few, THREADS // GROUP, THREADS)
-    swap_into_order(entries, t, doublings_of(T.bind(count)))
-    bound = T.bind(entries[T.max(T.min(keep, THREADS) - 1, 0)])
+            for half in range(LISTED // THREADS):
+                other = best if half == 0 else T.int64(LAST)
+                cuda.store(entries, other, half * THREADS + t)
+            swap_into_order(entries, t, T.int32(GROUPS.bit_length() - 1))
+            with cuda.when(t == 0):
+                cuda.store(bound, entries[T.min(keep, GROUPS) - 1], 0)
     cuda.sync()
-    return bound
+    return T.bind(bound[0])
 
 
-def running_sum(sums, value: Expr, t: Expr) -> None:
-    """sums[t] = value of threads 0 to t."""
-    cuda.store(sums, value, t)
-    step = 1
-    while step < THREADS:
-        cuda.sync()
-        earlier = T.bind(T.if_then_else(t >= step, sums[T.max(t - step, 0)], T.float64(0)))
-        cuda.sync()
-        cuda.store(sums, sums[t] + earlier, t)
-        step *= 2
-    cuda.sync()
-
-
-def list_candidates(entries, logits, vocab: int, m, t, bound: Expr, scratch) -> Expr:
-    """entries = those from the bound on, LAST behind them; how many there are, LISTED or not"""
+def list_candidates(entries, logits, vocab: int, m, best: Expr, bound: Expr, t) -> Expr:
+    """entries = those from the bound on, in any order, LAST behind them; how many there are, LISTED
+    or not."""
     for half in range(LISTED // THREADS):
         cuda.store(entries, T.int64(LAST), half * THREADS + t)
-    mine = cuda.local("int32", 1)
-    cuda.store(mine, T.int32(0), 0)
+    groups, counts = cuda.shared("int32", GROUPS), cuda.shared("int32", 2)
+    with cuda.when(t < 2):
+        cuda.store(counts, T.int32(0), t)
+    cuda.sync()
+    memory = T.bind(T.cuda.cvta_generic_to_shared(counts.data))
 
-    def count(entry: Expr) -> None:
-        cuda.store(mine, mine[0] + T.cast(entry >= bound, "int32"), 0)
+    def take(which: int) -> Expr:
+        place = cuda.local("uint32", 1)
+        cuda.ptx("atom.shared.add.u32", place[0], memory + T.uint32(4 * which), T.uint32(1))
+        return T.bind(T.reinterpret("int32", place[0]))
 
-    each_entry(logits, vocab, m, t, count)
-    before, total = scratch.scan(T.bind(mine[0]))
-    at, listed = cuda.local("int32", 1), T.bind(total)
-    cuda.store(at, before, 0)
+    with cuda.when(best >= bound):
+        cuda.store(groups, t, take(0))
+    cuda.sync()
+    listed, warp, warps = T.bind(counts[0]), t // cuda.WARP, THREADS // cuda.WARP
+    with T.serial(T.ceildiv(listed, warps)) as step:
+        i = T.bind(step * warps + warp)
+        with cuda.when(i < listed):
+            for entry in entries_of(logits, vocab, m, T.bind(groups[i]), t % cuda.WARP):
+                with cuda.when(cuda.both(entry >= bound, entry != T.int64(LAST))):
+                    place = take(1)
+                    with cuda.when(place < LISTED):
+                        cuda.store(entries, entry, place)
+    cuda.sync()
+    return T.bind(counts[1])
 
-    def write(entry: Expr) -> None:
-        with cuda.when(entry >= bound):
-            with cuda.when(at[0] < LISTED):
-                cuda.store(entries, entry, at[0])
-            cuda.store(at, at[0] + 1, 0)
 
-    each_entry(logits, vocab, m, t, write)
-    return listed
+def put_in_order(entries, listed: Expr, t: Expr) -> None:
+    """The largest first."""
+    with T.If(listed <= FEW):
+        with T.Then():
+            own, larger = count_larger(entries, t)
+            cuda.sync()
+            with cuda.when(cuda.both(t % SHARE == 0, own != T.int64(LAST))):
+                cuda.store(entries, own, larger)
+            cuda.sync()
+        with T.Else():
+            swap_into_order(entries, t, doublings_of(listed))
 
 
-def draw(out, entries, sums, m, t, keep, temperature, top_p, uniform, scratch) -> None:
-    """out[m] from the sorted entries, of which `keep` are candidates"""
+def draw(entries, sums, t, keep, temperature, top_p, uniform, scratch) -> Expr:
+    """The token, of the sorted entries, of which `keep` are candidates."""
     largest = T.cast(logit_of(entries[0]), "float64")
     gap = T.cast(logit_of(entries[t]), "float64") - largest
     weight = T.if_then_else(gap == T.float64(0), T.float64(1), T.exp(gap / temperature))
-    running_sum(sums, T.bind(T.if_then_else(t < keep, weight, T.float64(0))), t)
+    weight = T.bind(T.if_then_else(t < keep, weight, T.float64(0)))
+    cuda.store(sums, scratch.running_sum(weight), t)
+    cuda.sync()
 
     def first(holds: Expr) -> Expr:
         """The lowest thread for which it does, else the last candidate. Several may follow one for
@@ -175,22 +222,28 @@ def draw(out, entries, sums, m, t, keep, temperature, top_p, uniform, scratch) -
     last = first(T.And(t < keep, sums[t] >= enough))
     drawn = T.bind(uniform * sums[last])
     chosen = first(T.And(t <= last, sums[t] > drawn))
-    with cuda.when(t == 0):
-        cuda.store(out, token_of(entries[chosen]), m)
+    return token_of(entries[chosen])
 
 
 def kernel(vocab: int, target: GpuTarget) -> PrimFunc:
-    """(logits, temperature, top_k, top_p, uniform, out)"""
+    """(logits, temperature, top_k, top_p, uniform, out, best); `best` is between the launches."""
     rows = Var("M", "int64")
 
-    def sample_row(logits, temperature, top_k, top_p, uniform, out, m, t):
-        scratch = cuda.Scratch(t, THREADS)
-        best = cuda.local("int64", 1)
-        cuda.store(best, T.int64(LAST), 0)
-        each_entry(logits, vocab, m, t, lambda e: cuda.store(best, T.max(best[0], e), 0))
-        largest = T.bind(scratch.reduce(best[0], "max"))
-        entries = cuda.shared("int64", LISTED)
-        sums = cuda.shared("float64", THREADS)
+    def find_best(logits, best, b, m, warp, lane):
+        group = T.bind(b * WARPS + warp)
+        most = cuda.local("int64", 1)
+        cuda.store(most, T.int64(LAST), 0)
+        for entry in entries_of(logits, vocab, m, group, lane):
+            cuda.store(most, T.max(most[0], entry), 0)
+        of_group = largest_of(T.bind(most[0]))
+        with cuda.when(lane == 0):
+            cuda.store(best, of_group, m, group)
+
+    def sample_row(logits, temperature, top_k, top_p, uniform, out, best, m, t):
+        scratch, own = cuda.Scratch(t, THREADS), T.bind(best[m, t])
+        entries, sums = cuda.shared("int64", LISTED), cuda.shared("float64", THREADS)
+        bound = cuda.shared("int64", 1)
+        largest = scratch.reduce_by(largest_of, own)
         keep = T.bind(T.min(top_k[m], vocab))
         is_greedy = T.bind(T.Or(temperature[m] == T.float32(0), keep == 1))
         finite = T.reinterpret("int32", T.abs(logit_of(largest))) < T.int32(INFINITE)
@@ -199,17 +252,17 @@ def kernel(vocab: int, target: GpuTarget) -> PrimFunc:
                 token = T.if_then_else(finite, token_of(largest), T.int64(NOT_FINITE))
                 cuda.store(out, token, m)
             with T.Else():
-                bound = find_bound(entries, T.bind(best[0]), keep, t)
-                listed = list_candidates(entries, logits, vocab, m, t, bound, scratch)
-                swap_into_order(entries, t, doublings_of(listed))
+                least = find_bound(entries, bound, own, keep, t)
+                listed = list_candidates(entries, logits, vocab, m, own, least, t)
+                put_in_order(entries, listed, t)
                 candidates = T.bind(T.max(T.min(keep, THREADS), 1))
                 heat = T.bind(T.max(T.cast(temperature[m], "float64"), cuda.float64(1e-300)))
                 share = T.bind(T.cast(top_p[m], "float64"))
                 u = T.bind(uniform[m])
-                draw(out, entries, sums, m, t, candidates, heat, share, u, scratch)
+                token = draw(entries, sums, t, candidates, heat, share, u, scratch)
                 too_many = T.Or(T.Or(keep < 1, keep > THREADS), listed > LISTED)
-                with cuda.when(cuda.both(t == 0, too_many)):
-                    cuda.store(out, T.int64(TOO_MANY), m)
+                with cuda.when(t == 0):  # one store: who waits for the token takes the first
+                    cuda.store(out, T.if_then_else(too_many, T.int64(TOO_MANY), token), m)
 
     @T.prim_func(s_tir=True)
     def sample(
@@ -219,12 +272,18 @@ def kernel(vocab: int, target: GpuTarget) -> PrimFunc:
         top_p: T.Buffer((rows,), "float32"),
         uniform: T.Buffer((rows,), "float64"),
         out: T.Buffer((rows,), "int64"),
+        best: T.Buffer((rows, GROUPS), "int64"),
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         with T.sblock("root"):
+            T.reads()
+            T.writes()
             with cuda.some_rows(rows):
+                with cuda.blocks(GROUPS // WARPS) as b, cuda.blocks(rows, "y") as m:
+                    with cuda.threads(WARPS, "y") as warp, cuda.threads(cuda.WARP) as lane:
+                        find_best(logits, best, b, m, warp, lane)
                 with cuda.blocks(rows) as m:
                     with cuda.threads(THREADS) as t:
-                        sample_row(logits, temperature, top_k, top_p, uniform, out, m, t)
+                        sample_row(logits, temperature, top_k, top_p, uniform, out, best, m, t)
 
     return sample

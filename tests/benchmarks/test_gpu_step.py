@@ -36,6 +36,21 @@ def test_launches_that_lie_close_are_one_step():
     assert [len(step) for step in gpu_step.split(steps(3, gap=gpu_step.SILENCE))] == [6]
 
 
+def test_tokens_follow_each_other():
+    """Each is fed to the next step, one position on; the first steps do not count."""
+    seen = []
+
+    def decode_token(token, slot, position, sampler):
+        seen.append((token, slot, position))
+        return token + 1
+
+    found = gpu_step.time_tokens(SimpleNamespace(decode_token=decode_token), 5, 512)
+    count = gpu_step.WARM + gpu_step.STEPS
+    assert seen == [(5 + i, 0, 512 + i) for i in range(count)]
+    low, high = found["range_us"]
+    assert 0 < low <= found["us"] <= high
+
+
 @pytest.mark.parametrize("command", [gpu_step, gpu_prefill])
 def test_refusals(tmp_path, command, monkeypatch, capsys):
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from compiled_model import KV_BITS, TINY, VARIANTS, CompiledModel, compile_tiny
 
+from runtime import tvm_runtime
+from runtime.sampler import Sampler
 from schedules.targets import TARGETS, find
 
 PROMPT = np.arange(1, 15) * 37 % TINY.vocab_size
@@ -34,6 +36,7 @@ def test_compiled_model(target, variant, tmp_path):
     for kv_bits in KV_BITS:
         check_against_torch(model, kv_bits)
         check_prefill_equals_token_by_token(model, kv_bits)
+        check_drawn_tokens(model, kv_bits)
 
 
 def check_against_torch(model: CompiledModel, kv_bits: int) -> None:
@@ -58,6 +61,31 @@ def check_prefill_equals_token_by_token(model: CompiledModel, kv_bits: int) -> N
     if model.config.is_ternary:
         for a, b in zip(at_once.compiled, one_by_one.compiled, strict=True):
             np.testing.assert_array_equal(model.device.fetch(a), model.device.fetch(b))
+
+
+def check_drawn_tokens(model: CompiledModel, kv_bits: int) -> None:
+    """Steps that draw their token where they run, on a GPU, beside the host's sampler."""
+    mailbox, caches = model.device.mailbox(), model.caches(kv_bits)
+    if mailbox is None:
+        return
+    step = f"decode_token_kv{kv_bits}"
+    settings = (0.0, 40, 1.0), (1.0, 40, 0.9), (5.0, 200, 1.0), (1.0, 0, 1.0)
+    for position, token in enumerate(PROMPT.tolist()):
+        sampler = Sampler(*settings[position % len(settings)], seed=position)
+        uniform = sampler.draw()
+        row = token, 1, position
+        mailbox.ask(row, sampler.temperature, sampler.top_k, sampler.top_p, uniform)
+        arguments = [*mailbox.tensors, caches.compiled, model.params]
+        if position == 0:
+            tvm_runtime.fill_pool(caches.vm, step, arguments)
+        _, logits = caches.vm[step](*arguments)
+        drawn = mailbox.wait()
+        expected = model.reference_decode(caches, [token], [1], [position])
+        assert_same(model, model.device.fetch(logits), expected)
+        if sampler.top_k == 0:
+            assert drawn < 0
+        elif model.config.is_ternary:
+            assert drawn == sampler.sample(expected[0], uniform)
 
 
 def assert_same(model: CompiledModel, found: np.ndarray, expected: np.ndarray) -> None:

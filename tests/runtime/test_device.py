@@ -30,6 +30,13 @@ class FakeGpu:
     def read(self, tensor):
         return tensor.copy()
 
+    def page_locked(self, count):
+        array = np.zeros(count, np.int64)
+        return array, array
+
+    def wait(self):
+        """All that is launched has ended."""
+
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
@@ -144,6 +151,31 @@ def test_inputs_of_prompts_do_not_pile_up(fake_gpu):
     assert gpu.inputs("prefill", [np.array([2])])[0] is one and one.tolist() == [2]
     gpu.inputs("prefill", [np.array([1, 2])])
     assert gpu.inputs("prefill", [np.array([3])])[0] is not one
+
+
+def test_a_mailbox_keeps_its_tensors(fake_gpu):
+    """What is asked lies in the request; top_k is of 32 bits to the kernel."""
+    fake_gpu()
+    mailbox = Cuda(["sm_90a"]).mailbox()
+    request, reply = mailbox.tensors
+    mailbox.ask((7, 2, 30), 0.5, 2**40, 0.25, 0.125)
+    assert request[[0, 1, 2, 4]].tolist() == [7, 2, 30, 2**31 - 1]
+    assert request.view(np.float64)[[3, 5, 6]].tolist() == [0.5, 0.25, 0.125]
+    reply[0] = 42
+    assert mailbox.wait() == 42
+    assert mailbox.tensors[0] is request and mailbox.tensors[1] is reply
+
+
+def test_no_page_for_a_mailbox(fake_gpu, monkeypatch):
+    fake_gpu()
+    gpu = Cuda(["sm_90a"])
+
+    def refuse(*_):
+        raise RuntimeError("CUDAError: cuMemAllocHost failed")
+
+    monkeypatch.setattr(FakeGpu, "page_locked", refuse)
+    with pytest.raises(RuntimeRefusal, match=r"cuMemAllocHost failed; possible: to end what else"):
+        gpu.mailbox()
 
 
 def test_a_driver_without_memory_of_its_own(fake_gpu, monkeypatch):

@@ -192,6 +192,33 @@ def test_decode_refuses(engine, rows, message):
         engine.decode(*rows)
 
 
+@pytest.mark.parametrize(
+    "slot, start, message",
+    [
+        (3, 0, "slots: asked for 3; possible: 0 to 2"),
+        (-1, 0, "slots: asked for -1"),
+        (0, -1, "positions: asked for -1; possible: 0 to 63"),
+        (0, CONTEXT - 1, "it has 2 tokens after 63 before it; the context holds 64"),
+    ],
+)
+def test_prefill_refuses(engine, slot, start, message):
+    with pytest.raises(RuntimeRefusal, match=message):
+        engine.prefill([0, 1], slot, start)
+
+
+def test_one_row_is_checked_as_several_are(engine):
+    """What a step that draws its token is asked for."""
+    assert engine._check_row(5, 2, 63) == (5, 2, 63)
+    found = engine._check_row(np.int64(5), np.int32(2), 63)
+    assert found == (5, 2, 63) and {type(value) for value in found} == {int}
+    for row in ((V, 0, 0), (-1, 0, 0), (0, 3, 0), (0, 0, CONTEXT), (0.5, 0, 0)):
+        with pytest.raises(RuntimeRefusal) as one:
+            engine._check_row(*row)
+        with pytest.raises(RuntimeRefusal) as several:
+            engine.decode(*([value] for value in row))
+        assert str(one.value) == str(several.value)
+
+
 def test_threads_are_those_of_the_engine(artifact):
     most = host.usable_cpus()
     one, all_ = Engine.load(artifact, threads=1), Engine.load(artifact)

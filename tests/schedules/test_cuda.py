@@ -52,6 +52,7 @@ KERNELS = (
     ("int8_matmul", (65, 64), ()),
     ("int8_matmul", (65, 33), ()),
     ("float_matmul", (65, 33), ()),
+    ("request", (), ()),
     ("sample", (300,), ()),
     ("rope", (*HEADS, 64), ()),
     *(("kv_append", (*HEADS, bits), ()) for bits in (16, 4, 3)),

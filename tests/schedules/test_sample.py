@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime.sampler import Sampler
-from schedules.sample.cuda import NOT_FINITE, THREADS, TOO_MANY, kernel
+from schedules.sample.cuda import GROUPS, NOT_FINITE, THREADS, TOO_MANY, kernel
 from tests.schedules.compiled import compiled, every_gpu, params
 
 pytestmark = pytest.mark.parametrize("target", params(every_gpu("sample")))
@@ -24,12 +24,13 @@ def drawn(target, logits, temperature, top_k, top_p, uniform) -> np.ndarray:
         np.full(m, value, dtype)
         for value, dtype in ((temperature, "f4"), (top_k, "i4"), (top_p, "f4"))
     ]
-    return built(target)(logits, *settings, uniform, np.full(m, -9, np.int64))[-1]
+    best = np.zeros((m, GROUPS), np.int64)
+    return built(target)(logits, *settings, uniform, np.full(m, -9, np.int64), best)[-2]
 
 
 @pytest.mark.parametrize(
     "top_k, top_p",
-    [(40, 0.95), (40, 1.0), (128, 1.0), (129, 1.0), (THREADS, 0.5), (1, 1.0), (7, 0.01)],
+    [(40, 0.95), (40, 1.0), (64, 1.0), (65, 1.0), (129, 1.0), (THREADS, 0.5), (1, 1.0), (7, 0.01)],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.1, 0.8, 5.0])
 @pytest.mark.parametrize("kind", ["normal", "ties"])

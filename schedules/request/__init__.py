@@ -1,0 +1,1 @@
+"""sample: a token for every row of logits."""
