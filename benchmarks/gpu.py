@@ -19,9 +19,11 @@ import argparse
 import datetime
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -199,6 +201,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def versions() -> dict[str, str]:
+    """Of PyTorch, of the CUDA that it was built with, and of the driver where it tells."""
+    found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
+        found["driver"] = done.stdout.strip()
+    return found
+
+
 def measure(
     bench: Bench, groups: Sequence[str], function: Callable | None
 ) -> tuple[list[dict], list[str]]:
@@ -296,11 +308,15 @@ def check(args: argparse.Namespace, found: dict) -> bool:
         keep(args.output, found)
     if args.sanitize is None:
         return True
-    summaries = gpu_checks.sanitize(args.sanitize or gpu_checks.TOOLS, PROCESSES)
-    found["sanitizers"] = found.get("sanitizers", {}) | summaries
-    print(f"sanitizers: {summaries}", flush=True)
-    keep(args.output, found)
-    return all(map(gpu_checks.is_clean, summaries.values()))
+    summaries = found["sanitizers"] = dict(found.get("sanitizers", {}))
+    is_clean = True
+    with closing(gpu_checks.sanitize(args.sanitize or gpu_checks.TOOLS, PROCESSES)) as ended:
+        for tool, summary in ended:
+            summaries[tool] = summary
+            is_clean &= gpu_checks.is_clean(summary)
+            print(f"{tool}: {summary}", flush=True)
+            keep(args.output, found)
+    return is_clean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found["rows"]:  # of other groups: one read for all shares of a file
             bench.read_bandwidth = found["read_gb_per_s"] * 1e9
         found["date"] = datetime.date.today().isoformat()
-        found["torch"] = torch.__version__
+        found |= versions()
         found["read_gb_per_s"] = bench.read_bandwidth / 1e9  # what the rows' shares are of
         print(", ".join(f"{key} {found[key]}" for key in ("read_gb_per_s", *args.of)), flush=True)
         rows, failed = measure(bench, groups, args.w2a8)

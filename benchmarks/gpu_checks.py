@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -64,14 +64,16 @@ def run_tests(processes: int) -> str:
 
 def _run(tests: Sequence[str], processes: int) -> str:
     command = [sys.executable, "-m", "pytest", *tests, "-k", GPU_ROWS, "-n", str(processes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
-    if done.returncode:
+    with ended_by_sigterm():
+        code, output = finish(command, None)
+    lines = output.strip().splitlines() or ["no output"]
+    last = next((line for line in reversed(lines) if line.startswith("=")), lines[-1])
+    if code:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        raise CheckError(f"tests: {'; '.join([lines[-1], *failed[:20]])}")
-    if not PASSED.search(lines[-1]):
-        raise CheckError(f"tests: none ran on this GPU: {lines[-1]}; possible: pytest -rs says why")
-    return lines[-1]
+        raise CheckError(f"tests: {'; '.join([last, *failed[:20]])}")
+    if not PASSED.search(last):
+        raise CheckError(f"tests: none ran on this GPU: {last}; possible: pytest -rs says why")
+    return last
 
 
 def find_sanitizer() -> str:
@@ -83,32 +85,30 @@ def find_sanitizer() -> str:
     )
 
 
-def sanitize(tools: Sequence[str], processes: int) -> dict[str, str]:
-    """Tool -> its summaries of all files in one line. What it complained of goes to stderr.
-    Interrupted, it leaves none of its processes behind."""
+def sanitize(tools: Sequence[str], processes: int) -> Generator[tuple[str, str]]:
+    """(tool, its summaries of all files in one line), one after the other. What it complained of
+    goes to stderr. Interrupted, it leaves none of its processes behind."""
     program = find_sanitizer()
-    jobs = [(tool, file) for file in SANITIZED for tool in tools]
     with (
         tempfile.TemporaryDirectory(prefix="bitnet-sanitize-") as name,
         ThreadPoolExecutor(processes) as pool,
         ended_by_sigterm(),
     ):
-        watched = [pool.submit(watch, program, *job, Path(name)) for job in jobs]
+        watched = {
+            tool: {file: pool.submit(watch, program, tool, file, Path(name)) for file in SANITIZED}
+            for tool in tools
+        }
         try:
-            logs = [future.result() for future in watched]
+            for tool, files in watched.items():
+                yield tool, summarize({file: future.result() for file, future in files.items()})
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in watched):  # one may be about to start
+            futures = [future for files in watched.values() for future in files.values()]
+            while not all(future.done() for future in futures):  # one may be about to start
                 for process in tuple(_running):
                     kill(process)
                 time.sleep(0.1)
             raise
-    found: dict[str, str] = {}
-    for tool in tools:
-        found[tool] = summarize(
-            {file: log for (other, file), log in zip(jobs, logs, strict=True) if other == tool}
-        )
-    return found
 
 
 def watch(program: str, tool: str, file: str, directory: Path) -> str | None:
@@ -139,8 +139,9 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def finish(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """Its exit status and output; None where it had no end within its time and was killed."""
+def finish(command: Sequence[str], seconds: float | None) -> tuple[int | None, str]:
+    """Its exit status and output; None where it had no end within its time and was killed, as it is
+    where this process is interrupted."""
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     # a session of its own: what it started holds the pipe open, and is killed with it
     with subprocess.Popen(
@@ -152,6 +153,9 @@ def finish(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
         except subprocess.TimeoutExpired:
             kill(process)
             return None, process.communicate()[0]
+        except BaseException:
+            kill(process)
+            raise
         finally:
             _running.discard(process)
     return process.returncode, output

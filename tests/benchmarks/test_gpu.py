@@ -119,8 +119,9 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(gpu.gpu_checks, "run_tests", lambda _: "9 passed")
     clean = {"memcheck": "2 files: 0 errors", "racecheck": "2 files: 1 hazard"}
     monkeypatch.setattr(
-        gpu.gpu_checks, "sanitize", lambda tools, _: {tool: clean[tool] for tool in tools}
+        gpu.gpu_checks, "sanitize", lambda tools, _: ((tool, clean[tool]) for tool in tools)
     )
+    monkeypatch.setattr(gpu, "versions", lambda: {"torch": "2", "cuda": "13", "driver": "580"})
     monkeypatch.setattr(
         gpu, "measure", lambda bench, groups, _: ([row(g) for g in groups], ["gemv y"])
     )
@@ -143,6 +144,7 @@ def test_parts_are_added_to_one_file(a_gpu, tmp_path, capsys):
     assert found["rows"] == [row("gemv"), row("head")] and found["failed"] == ["gemv y"]
     assert found["sanitizers"] == first["sanitizers"] | {"racecheck": "2 files: 1 hazard"}
     assert (found["tests"], found["read_gb_per_s"]) == ("9 passed", 3000)
+    assert [found[name] for name in ("torch", "cuda", "driver")] == ["2", "13", "580"]
     # what failed in another command is no failure of this one
     assert gpu.main(["--check", "--only", *common]) == 0
 
@@ -168,6 +170,15 @@ def test_results_are_kept_as_they_are_there(a_gpu, tmp_path, monkeypatch):
         gpu.main(["--check", "--sanitize", "memcheck", *common])
     assert json.loads(file.read_text())["tests"] == "9 passed"
 
+    def stop_after_the_first(tools, _):
+        yield tools[0], "3 files: 0 errors"
+        stop()
+
+    monkeypatch.setattr(gpu.gpu_checks, "sanitize", stop_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--sanitize", "--only", *common])
+    assert json.loads(file.read_text())["sanitizers"] == {"memcheck": "3 files: 0 errors"}
+
     def fail(_):
         raise gpu.gpu_checks.CheckError("tests: 1 failed")
 
@@ -175,6 +186,15 @@ def test_results_are_kept_as_they_are_there(a_gpu, tmp_path, monkeypatch):
     assert gpu.main(["--check", "--only", *common]) == 1
     found = json.loads(file.read_text())
     assert "tests" not in found and list(found["sanitizers"]) == ["memcheck"]
+
+
+def test_versions_without_a_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list(gpu.versions()) == ["torch", "cuda"]
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.159.04\n")
+    smi.chmod(0o755)
+    assert gpu.versions()["driver"] == "580.159.04"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def sanitizer(tmp_path, monkeypatch):
 
 
 def test_summaries_are_added(sanitizer, capsys):
-    found = gpu_checks.sanitize(("memcheck", "racecheck"), 2)
+    found = dict(gpu_checks.sanitize(("memcheck", "racecheck"), 2))
     files = len(gpu_checks.SANITIZED)
     assert found["memcheck"] == f"{files} files: 0 errors"
     assert (
@@ -55,7 +55,7 @@ def test_files_without_a_good_end_are_told_and_lose_no_other(sanitizer, monkeypa
     ends = 'case "$*" in *fails*) echo "1 failed"; exit 1;; *hangs*) echo test_x; sleep 60;; '
     ends += '*skips*) echo "3 skipped"; exit 0;; esac'
     program.write_text(program.read_text().replace("#!/bin/sh", f"#!/bin/sh\n{ends}"))
-    found = gpu_checks.sanitize(("memcheck",), 1)["memcheck"]
+    ((_, found),) = gpu_checks.sanitize(("memcheck",), 1)
     assert found == "1 files: 0 errors; unfinished: rope embedding kv_append"
     assert not gpu_checks.is_clean(found)
     told = capsys.readouterr().err.splitlines()
@@ -91,18 +91,30 @@ def test_what_a_command_started_ends_with_it(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_leaves_no_sanitizer_behind(sanitizer, tmp_path, number):
-    pids = tmp_path / "pids"
-    program = Path(gpu_checks.find_sanitizer())
+    program, pids = Path(gpu_checks.find_sanitizer()), tmp_path / "pids"
     program.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 600\n")
-    run = (
+    check_interrupted("list(gpu_checks.sanitize(('memcheck',), 3))", pids, 3, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_leaves_no_test_behind(tmp_path, number):
+    python, pids = tmp_path / "python", tmp_path / "pids"
+    python.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 600\n")
+    python.chmod(0o755)
+    run = f"gpu_checks.sys.executable = {str(python)!r}; gpu_checks.run_tests(2)"
+    check_interrupted(run, pids, 1, number)
+
+
+def check_interrupted(run: str, pids: Path, count: int, number: signal.Signals) -> None:
+    """`run` starts `count` processes that write their numbers to `pids`, and gets a signal."""
+    program = (
         "import signal; from benchmarks import gpu_checks;"
         # where tests run in the background, SIGINT is ignored by all that they start
-        "signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "gpu_checks.sanitize(('memcheck',), 3)"
+        f"signal.signal(signal.SIGINT, signal.default_int_handler); {run}"
     )
-    with subprocess.Popen([sys.executable, "-c", run], cwd=SCHEDULES.parents[1]) as process:
+    with subprocess.Popen([sys.executable, "-c", program], cwd=SCHEDULES.parents[1]) as process:
         try:
-            while not pids.exists() or len(pids.read_text().split()) < 3:
+            while not pids.exists() or len(pids.read_text().split()) < count:
                 assert process.poll() is None
                 time.sleep(0.05)
             process.send_signal(number)
@@ -112,7 +124,7 @@ def test_an_interrupted_run_leaves_no_sanitizer_behind(sanitizer, tmp_path, numb
     started = [int(pid) for pid in pids.read_text().split()]
     for pid in started:
         wait_for_end(pid)
-    assert len(started) == 3
+    assert len(started) == count
 
 
 def test_no_sanitizer(monkeypatch):
