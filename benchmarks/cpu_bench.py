@@ -11,14 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import cpu_peer
+from benchmarks import cold, cpu_peer
 from benchmarks.commit import commit
 from benchmarks.cpu_page import OURS, Row, show_row
 from benchmarks.worker import Worker, WorkerError
 
 HERE = Path(__file__).resolve().parent
 READ, DENSE = "read", "our dense"  # processes of their own: a streaming read, a dense kernel
-STREAM_BYTES = 1 << 29
 
 
 class Bench:
@@ -51,7 +50,7 @@ class Bench:
         self.workers = {OURS: own, **peers}
         for worker in kernels:
             worker.ask("use_target", name=target)
-        self.reader.ask("prepare", kind="stream", nbytes=STREAM_BYTES)
+        self.reader.ask("prepare", kind="stream", nbytes=cold.stream_bytes())
 
     def run(self, name: str, python: str, script: Path) -> Worker:
         self.started.append(Worker(name, python, script))
@@ -98,7 +97,7 @@ class Bench:
                 found = seconds(self.worker(name))
                 if repetition:
                     samples[name].append(found)
-        bandwidth = STREAM_BYTES / statistics.median(reads[1:]) if reads else 0
+        bandwidth = cold.stream_bytes() / statistics.median(reads[1:]) if reads else 0
         row = Row(group, test, threads, amount, unit, samples, floor, bandwidth)
         self.rows.append(row)
         print(show_row(self.engines, row), file=sys.stderr)

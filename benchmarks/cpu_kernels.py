@@ -1,10 +1,9 @@
 """Group `kernels` of benchmarks/cpu.py: one kernel at a time, weights cold for one token."""
 
-from benchmarks.cpu_bench import DENSE, STREAM_BYTES, Bench
+from benchmarks import cold
+from benchmarks.cpu_bench import DENSE, Bench
 from benchmarks.cpu_page import OURS
 
-COLD_BYTES = 300e6  # that the copies of a kernel's weights take: past every cache
-MOST_COPIES = 1000  # a graph of ggml holds 2048 nodes
 GEMM_TOKENS = (128, 512)
 HEAD_BITS = (8, 6, 4)
 ZEROS = (0.3, 0.5, 0.84, 0.92)  # at down_proj: too few, half, the paper's 7B, the shipped model's
@@ -12,12 +11,9 @@ LAUNCHES = 2000
 
 
 def measure_stream(bench: Bench) -> None:
-    ask = {OURS: {"kind": "stream", "nbytes": STREAM_BYTES}}
-    bench.kernel("streaming read", STREAM_BYTES / 1e9, "GB", ask, share=1)
-
-
-def cold_copies(nbytes: float) -> int:
-    return min(MOST_COPIES, max(2, int(COLD_BYTES / nbytes)))
+    nbytes = cold.stream_bytes()
+    ask = {OURS: {"kind": "stream", "nbytes": nbytes}}
+    bench.kernel("streaming read", nbytes / 1e9, "GB", ask, share=1)
 
 
 def measure_ternary(bench: Bench) -> None:
@@ -27,7 +23,7 @@ def measure_ternary(bench: Bench) -> None:
     peers = {name: {"kind": name} for name in bench.workers if name != OURS}
     for n, k in dict.fromkeys([(hidden, hidden), (kv, hidden), (glu, hidden), (hidden, glu)]):
         for m in (1, *GEMM_TOKENS):
-            sizes = {"n": n, "k": k, "m": m, "copies": cold_copies(n * k / 4) if m == 1 else 2}
+            sizes = {"n": n, "k": k, "m": m, "copies": cold.copies(n * k / 4) if m == 1 else 2}
             for act_bits in (4, 8):
                 ask = {OURS: {"kind": "matmul", "act_bits": act_bits}, **peers}
                 ask = {name: request | sizes for name, request in ask.items()}
@@ -38,19 +34,21 @@ def measure_ternary(bench: Bench) -> None:
 def measure_sparse(bench: Bench) -> None:
     """down_proj by its non-zero columns beside our dense kernel of the same shape."""
     hidden, glu = bench.shape["hidden_size"], bench.shape["intermediate_size"]
-    sizes = {"n": hidden, "k": glu, "m": 1, "copies": cold_copies(glu * hidden / 4)}
+    sizes, nbytes = {"n": hidden, "k": glu, "m": 1}, glu * hidden / 4
     for zeros in ZEROS:
         ask = {
-            OURS: {"kind": "sparse", "zeros": zeros, **sizes},
-            DENSE: {"kind": "matmul", "act_bits": 8, **sizes},
+            OURS: {"kind": "sparse", "zeros": zeros, "copies": cold.copies(nbytes * (1 - zeros))},
+            DENSE: {"kind": "matmul", "act_bits": 8, "copies": cold.copies(nbytes)},
         }
+        ask = {name: sizes | request for name, request in ask.items()}
         bench.kernel(f"down_proj, {zeros:.0%} zeros", 1, "us", ask, share=1 - zeros)
 
 
 def measure_head(bench: Bench) -> None:
     hidden, vocab = bench.shape["hidden_size"], bench.shape["vocab_size"]
     for bits in HEAD_BITS:
-        request = {"kind": "head", "bits": bits, "n": vocab, "k": hidden, "m": 1, "copies": 2}
+        sizes = {"n": vocab, "k": hidden, "m": 1, "copies": cold.copies(vocab * hidden * bits / 8)}
+        request = {"kind": "head", "bits": bits, **sizes}
         bench.kernel(f"head, {bits} bits", 1, "us", {OURS: request}, share=1)
 
 
