@@ -31,7 +31,11 @@ def run(command: str, body: Callable[[], None]) -> int:
         return PIPE_CLOSED
     except OSError as error:  # reading is checked where it is done: stdout is left
         _discard_stdout()
-        return _refuse(command, f"cannot write the output: {error.strerror or error}")
+        return _refuse(
+            command,
+            f"output: cannot write it: {error.strerror or error}; possible: a file or pipe that "
+            "takes it",
+        )
     return 0
 
 

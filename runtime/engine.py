@@ -196,11 +196,11 @@ class Engine:
 
         On a GPU the step draws it, where its `sample` can; the logits then stay.
         """
-        uniform = sampler.draw()
         if self._mailbox is None:
             found = self._run("decode", *self._check_rows([token], [slot], [position]))
+            uniform = sampler.draw()
         else:
-            row = self._check_row(token, slot, position)
+            row, uniform = self._check_row(token, slot, position), sampler.draw()
             self._mailbox.ask(row, sampler.temperature, sampler.top_k, sampler.top_p, uniform)
             _, found = self._launch("decode_token", self._mailbox.tensors, self._mailbox.is_new)
             self._mailbox.is_new = False

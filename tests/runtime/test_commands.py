@@ -240,8 +240,9 @@ def test_full_disk_is_refused(artifact):
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
-    assert done.stderr == b"runtime.generate: error: cannot write the output: " + (
-        b"No space left on device\n"
+    assert done.stderr == (
+        b"runtime.generate: error: output: cannot write it: No space left on device; possible: a "
+        b"file or pipe that takes it\n"
     )
 
 
