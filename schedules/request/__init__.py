@@ -1,1 +1,1 @@
-"""sample: a token for every row of logits."""
+"""request: what the host asks of a step that draws its token."""

@@ -24,7 +24,8 @@ the host's to sample (top_k of 0 or above 1024, or more logits than LISTED reach
 Logits order as integers of the same bits, once negative ones have theirs flipped; what is no number
 comes first, whatever its sign.
 
-One block for all, three reads of 128256 logits and 55 steps of sorting, took 69 us on an H100.
+One block for all, three reads of 128256 logits and some 50 steps of sorting for the 40 likeliest,
+took 69 us on an H100.
 """
 
 from typing import Any
