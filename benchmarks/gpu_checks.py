@@ -26,6 +26,7 @@ GPU_ROWS = "cuda and not test_cuda.py"  # test_cuda.py compiles, and needs no GP
 TOOLS = ("memcheck", "racecheck")
 UNFINISHED = "unfinished:"
 PASSED = re.compile(r"\b[1-9]\d* passed")
+ENDED = re.compile(r"\b(\d+ (passed|failed|skipped|errors?)\b|no tests ran).* in [\d.]+s")
 SUMMARY = re.compile(r"SUMMARY: (.*)")
 MINUTES = 8  # the longest took some five beside 13 others
 TOOLKIT = Path("/usr/local/cuda/bin")
@@ -67,7 +68,7 @@ def _run(tests: Sequence[str], processes: int) -> str:
     with ended_by_sigterm():
         code, output = finish(command, None)
     lines = output.strip().splitlines() or ["no output"]
-    last = next((line for line in reversed(lines) if line.startswith("=")), lines[-1])
+    last = next((line for line in reversed(lines) if ENDED.search(line)), lines[-1])
     if code:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         raise CheckError(f"tests: {'; '.join([last, *failed[:20]])}")

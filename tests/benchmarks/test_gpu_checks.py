@@ -139,6 +139,8 @@ def test_no_sanitizer(monkeypatch):
     [
         ("==== 3 passed, 2 skipped in 1s ====", 0, None),
         ("==== 10 passed in 1s ====", 0, None),
+        ("10 passed, 1 warning in 1.5s (0:00:01)", 0, None),
+        ("1 failed, 3 passed in 1s", 1, "tests: 1 failed, 3 passed in 1s"),
         ("==== 23 skipped in 1s ====", 0, "tests: none ran on this GPU: .*23 skipped"),
         ("==== no tests ran in 1s ====", 5, "tests: ==== no tests ran"),
         ("==== 1 failed, 3 passed in 1s ====", 1, "tests: ==== 1 failed, 3 passed"),
@@ -146,7 +148,8 @@ def test_no_sanitizer(monkeypatch):
 )
 def test_a_run_in_which_nothing_passed(last, code, refusal, tmp_path, monkeypatch):
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho '{last}'\nexit {code}\n")
+    around = "echo '=== warnings summary ==='; echo '{}'; echo 'TVM: at exit' >&2"
+    python.write_text(f"#!/bin/sh\n{around.format(last)}\nexit {code}\n")
     python.chmod(0o755)
     monkeypatch.setattr(gpu_checks.sys, "executable", str(python))
     if refusal is None:
