@@ -8,6 +8,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 TIMES = 3  # the largest cache: less may be left in it by a policy that is not LRU
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 MOST_COPIES = 1000  # a graph of ggml holds 2048 nodes
+MOST_BYTES = 2**31  # of all copies, unless less would be within a cache
 
 
 @cache
@@ -25,7 +26,9 @@ def stream_bytes() -> int:
     return max(2**29, TIMES * largest_cache())
 
 
-def copies(nbytes: float) -> int:
-    """Of what a call reads `nbytes` of, so that a round over all of them is cold."""
+def copies(nbytes: float, held: float | None = None) -> int:
+    """Of what has `held` bytes, of which a call reads `nbytes` (default: all), so that a round over
+    all copies is cold, as far as MOST_BYTES go."""
     wanted = max(300_000_000, TIMES * largest_cache())
-    return min(MOST_COPIES, max(2, -(-wanted // max(1, int(nbytes)))))
+    fitting = max(MOST_BYTES, wanted) // max(1, int(held or nbytes))
+    return max(2, min(MOST_COPIES, fitting, -(-wanted // max(1, int(nbytes)))))

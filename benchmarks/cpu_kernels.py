@@ -37,7 +37,11 @@ def measure_sparse(bench: Bench) -> None:
     sizes, nbytes = {"n": hidden, "k": glu, "m": 1}, glu * hidden / 4
     for zeros in ZEROS:
         ask = {
-            OURS: {"kind": "sparse", "zeros": zeros, "copies": cold.copies(nbytes * (1 - zeros))},
+            OURS: {
+                "kind": "sparse",
+                "zeros": zeros,
+                "copies": cold.copies(nbytes * (1 - zeros), held=nbytes),
+            },
             DENSE: {"kind": "matmul", "act_bits": 8, "copies": cold.copies(nbytes)},
         }
         ask = {name: sizes | request for name, request in ask.items()}

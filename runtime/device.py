@@ -23,7 +23,7 @@ from runtime.mailbox import Mailbox
 
 PAGE_BYTES = 4096
 REASON = 200  # characters of what TVM says that are passed on
-CAPTURED = ("decode", "decode_one")  # steps that are graphs: compiler/passes/capture_decode.py
+CAPTURED = ("decode", "decode_one")  # graphs (compiler/passes/capture_decode.py) with inputs here
 Wanted = Sequence[tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of each tensor
 
 
@@ -51,7 +51,7 @@ class Device(Protocol):
         """Whether the next call of `step` is the first of its row count, and will be captured."""
 
     def mailbox(self) -> Mailbox | None:
-        """For steps that draw their token; None where the host does."""
+        """For steps that draw their token; None where the host does. Raises `RuntimeRefusal`."""
 
     @property
     def takes_memory_at_once(self) -> bool:
@@ -203,7 +203,7 @@ class Cuda:
     def mailbox(self) -> Mailbox:
         try:
             return Mailbox(self._gpu)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise RuntimeRefusal(
                 f"device: asked for a page of memory that the GPU may read: {shortened(error)}; "
                 "possible: to end what else runs on this host"

@@ -29,16 +29,21 @@ class Mailbox:
         self._reply, reply = gpu.page_locked(1)
         self.tensors: tuple[Any, Any] = request, reply
         self.is_new = True  # no step has been captured with it
+        self._is_asked = False  # what may still be read: Ctrl-C can come before `wait`
 
     def ask(
         self, row: tuple[int, int, int], temperature: float, top_k: int, top_p: float,
         uniform: float,
     ) -> None:  # fmt: skip
-        """row: token, slot, position. What the next step is to do; the one before has ended."""
+        """What the next step is to do, once the last has ended. row: token, slot, position."""
+        if self._is_asked:
+            self.wait()
+        self._is_asked = True
         top_k = min(top_k, INT32_MAX)  # the kernel's; the vocabulary is smaller
         struct.pack_into(FORMAT, self._request, 0, *row, temperature, top_k, top_p, uniform)
 
     def wait(self) -> int:
         """The reply, once the step has ended. RuntimeError: it did not end well."""
         self._gpu.wait()
+        self._is_asked = False
         return int(self._reply[0])

@@ -34,7 +34,10 @@ def draw_token(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         return mod
     names = {gv.name_hint for gv, func in mod.functions_items() if isinstance(func, relax.Function)}
     drawn = sorted(name.removeprefix(MANY) for name in names if name.startswith(MANY))
-    steps = {bits: mod[ONE + bits] if ONE + bits in names else one_row(mod, bits) for bits in drawn}
+    steps = {
+        bits: mod[ONE + bits] if ONE + bits in names else bind_rows(mod[MANY + bits])
+        for bits in drawn
+    }
     if not steps:
         return mod
     builder = relax.BlockBuilder(mod)
@@ -49,10 +52,6 @@ def draw_token(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
     for bits, step in steps.items():
         add_drawn(builder, DRAWN + bits, step, request, sample)
     return builder.finalize()
-
-
-def one_row(mod: tvm.IRModule, bits: str) -> relax.Function:
-    return bind_rows(mod[MANY + bits])
 
 
 def add_drawn(

@@ -16,7 +16,7 @@
     U    | 4     | 4096 positions in two rounds
     H    | 2, 1  | what divides a group of heads; K and V are read and unpacked once for all H. Four
                    are 512 threads of 128 registers: all of a multiprocessor, so that no neighbour's
-                   launch lies beside it. A token of 2B-4T shapes at 0, 512, 4000, H100, us:
+                   launch lies beside it. A step of 2B-4T shapes at 0, 512, 4000, H100, us:
                    four 725, 747, 905; two 710, 736, 846; one 725, 757, 942; two with U = 2 726,
                    735, 1007
 

@@ -32,3 +32,5 @@ def test_largest_cache(caches, sizes, largest):
         copies = cold.copies(nbytes)
         assert copies >= 2 and (copies == 1000 or copies * nbytes >= max(3e8, 3 * largest))
     assert cold.copies(1) == 1000
+    few = cold.copies(0.08 * 4.4e6, held=4.4e6)
+    assert few * 4.4e6 <= max(2**31, 3 * largest) and few > cold.copies(4.4e6)

@@ -20,6 +20,7 @@ class FakeGpu:
     compute_version: str
     available_memory: int
     device: str = "cuda:0"
+    waits: int = 0
 
     def tensor(self, array):
         return array.copy()
@@ -36,6 +37,7 @@ class FakeGpu:
 
     def wait(self):
         """All that is launched has ended."""
+        self.waits += 1
 
 
 @pytest.fixture
@@ -155,14 +157,17 @@ def test_inputs_of_prompts_do_not_pile_up(fake_gpu):
 
 def test_a_mailbox_keeps_its_tensors(fake_gpu):
     """What is asked lies in the request; top_k is of 32 bits to the kernel."""
-    fake_gpu()
+    gpu = fake_gpu()
     mailbox = Cuda(["sm_90a"]).mailbox()
     request, reply = mailbox.tensors
     mailbox.ask((7, 2, 30), 0.5, 2**40, 0.25, 0.125)
     assert request[[0, 1, 2, 4]].tolist() == [7, 2, 30, 2**31 - 1]
     assert request.view(np.float64)[[3, 5, 6]].tolist() == [0.5, 0.25, 0.125]
     reply[0] = 42
-    assert mailbox.wait() == 42
+    assert mailbox.wait() == 42 and gpu.waits == 1
+    for _ in range(2):  # the first one's wait was interrupted: its step may still read
+        mailbox.ask((1, 0, 0), 0.5, 1, 1.0, 0.5)
+    assert gpu.waits == 2
     assert mailbox.tensors[0] is request and mailbox.tensors[1] is reply
 
 
