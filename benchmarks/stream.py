@@ -12,26 +12,26 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.intrin import threads
-from schedules.intrin.lanes import prefetch, prefetches_into_l2
+from schedules.intrin.lanes import ask_at, prefetch, prefetches_into_l2
 from schedules.targets import CpuTarget
 
-# (runs of memory at once, bytes ahead that lines are asked for, into L2 alone): a read is the
-# quickest of these
-FORMS = ((1, 0, False), (2, 0, False), (4, 2048, True), (8, 2048, False))
+# (runs of memory at once, bytes ahead that lines are asked for, how often into L2 alone; 0: into
+# L1): a read is the quickest of these
+FORMS = ((1, 0, 0), (2, 0, 0), (4, 2048, 1), (4, 4096, 4), (8, 2048, 0))
 LINE = 64
 
 
-def kernel(nbytes: int, target: CpuTarget, runs: int, ahead: int, into_l2: bool) -> PrimFunc:
+def kernel(nbytes: int, target: CpuTarget, runs: int, ahead: int, into_l2: int) -> PrimFunc:
     """(memory, out): out[:, :16] of each thread, xored over all, are those of memory's lines."""
     lines = nbytes // LINE
 
-    def read(sums, memory, line, is_ahead: bool):
-        if is_ahead:
-            prefetch(memory, line * LINE + ahead)
+    def read(sums, memory, line, ahead: int):
+        for far in ask_at(ahead, LINE):
+            prefetch(memory, line * LINE + far)
         value = T.reinterpret("int32x16", memory[T.ramp(line * LINE, 1, LINE)])
         T.buffer_store(sums, sums[T.ramp(0, 1, 16)] ^ value, [T.ramp(0, 1, 16)])
 
-    with prefetches_into_l2() if into_l2 else nullcontext():
+    with prefetches_into_l2(into_l2) if into_l2 else nullcontext():
 
         @T.prim_func(s_tir=True)
         def stream(memory: T.Buffer((nbytes,), "int8"), out: T.Buffer((256, 16), "int32")):
@@ -47,7 +47,7 @@ def kernel(nbytes: int, target: CpuTarget, runs: int, ahead: int, into_l2: bool)
                         for run in T.unroll(runs):
                             read(sums, memory, first + run * ((last - first) // runs) + i, ahead)
                     for i in T.serial((last - first) % runs):
-                        read(sums, memory, last - 1 - i, False)
+                        read(sums, memory, last - 1 - i, 0)
                     out[task, T.ramp(0, 1, 16)] = sums[T.ramp(0, 1, 16)]
 
     return stream

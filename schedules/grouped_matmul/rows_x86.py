@@ -31,6 +31,7 @@ AVX-512 VNNI 0.93.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -102,8 +103,8 @@ def begin_row(sums, steps, i, w, n, excess, rows, k: int, prefetch: int, x86: Ve
     """steps[i, group] = the group's scale in both halves; sums = what is too much, negative"""
     for total in sums:
         avx2.store(total, 0, value=avx2.splat("int32", 0, x86.lanes), lanes=x86.lanes)
-    if prefetch:
-        avx2.prefetch(w, n, prefetch)
+    for ahead in avx2.ask_at(prefetch, LINE):
+        avx2.prefetch(w, n, ahead)
     with T.serial(padded_groups(k, x86) // x86.lanes) as v:
         at = x86.lanes * v
         found = T.Bind(T.cast(avx2.load(w, n, at, lanes=x86.lanes), f"int32x{x86.lanes}"))
@@ -117,8 +118,8 @@ def begin_row(sums, steps, i, w, n, excess, rows, k: int, prefetch: int, x86: Ve
 def add_block(sums, steps, i, w, n, q, rows, block, groups: int, bits, prefetch, x86: Vectors):
     """sums[j] += products of `groups` groups of a block of row n with row j of q"""
     at = grouped.blocks_at(int(q.shape[1])) + grouped.block_bytes(bits) * block
-    for line in range(bits // 2 if prefetch else 0):
-        avx2.prefetch(w, n, at + LINE * line + prefetch)
+    for line, ahead in product(range(bits // 2), avx2.ask_at(prefetch, LINE)):
+        avx2.prefetch(w, n, at + LINE * line + ahead)
     for part in x86.parts:
         found = codes(w, n, at + part, bits, groups, x86)
         for total, m in zip(sums, rows, strict=True):

@@ -9,6 +9,7 @@ from tvm.script import tirx as T
 
 # What is the same on any machine, under one name with the instructions
 from schedules.intrin.lanes import add as add
+from schedules.intrin.lanes import ask_at as ask_at
 from schedules.intrin.lanes import clear as clear
 from schedules.intrin.lanes import constant as constant
 from schedules.intrin.lanes import like as like

@@ -60,17 +60,27 @@ def constant(dtype: str, values: list[int]) -> Expr:
 
 L1, L2 = 3, 2  # what LLVM calls the locality of a prefetch that fills L1, or L2 alone
 _filled: ContextVar[int] = ContextVar("filled", default=L1)
+_times: ContextVar[int] = ContextVar("times", default=1)
 
 
 @contextmanager
-def prefetches_into_l2() -> Iterator[None]:
-    """What is parsed within asks for lines into L2 and not, as elsewhere, into L1. Also a decorator
-    of a kernel's factory."""
-    before = _filled.set(L2)
+def prefetches_into_l2(times: int) -> Iterator[None]:
+    """What is parsed within asks for lines into L2 and not, as elsewhere, into L1, and that often
+    on the way to each. Also a decorator of a kernel's factory."""
+    before = _filled.set(L2), _times.set(times)
     try:
         yield
     finally:
-        _filled.reset(before)
+        _filled.reset(before[0])
+        _times.reset(before[1])
+
+
+def ask_at(farthest: int, unit: int = 1) -> list[int]:
+    """How far ahead a line is asked for, each time: multiples of `unit`, the farthest first; none
+    if that is 0."""
+    times = _times.get()
+    found = [-(-farthest * i // (times * unit)) * unit for i in range(times, 0, -1)]
+    return list(dict.fromkeys(found)) if farthest else []
 
 
 def prefetch(buffer, *index: Expr | int) -> None:

@@ -32,6 +32,7 @@ by outputs 216, 92, 49; ahead 0 half as long again; 1 and 4 as 2). 128 rows, 84 
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -80,13 +81,13 @@ def codes_of(columns: list[Expr], field_masks: list[Expr]) -> list[Expr]:
     return [T.Bind(quad & mask) for mask in field_masks for quad in quads]
 
 
-def walk_group(sums, row, w, columns, next_columns, pairs, field_masks, b):
+def walk_group(sums, row, w, columns, later, pairs, field_masks, b):
     """sums[row] += what a group of columns adds to block b"""
     found = [T.Bind(avx2.load(sums, row, LANES * g, lanes=LANES)) for g in range(GROUPS)]
     for quad, activations in enumerate(pairs):
         at = columns[4 * quad :][:4]
         bytes_ = [T.Bind(avx2.load(w, column, b, 0, lanes=avx512.LINE)) for column in at]
-        for column in next_columns[4 * quad :][:4]:
+        for column in later[quad]:
             avx2.prefetch(w, column, b, 0)
         for g, code in enumerate(codes_of(bytes_, field_masks)):
             found[g] = T.Bind(avx512.dot_bytes(found[g], code, activations))
@@ -102,8 +103,13 @@ def walk_columns(sums, row, w, column, qs, count, first, blocks, ahead: int):
     with T.serial(T.ceildiv(count, COLUMNS)) as group:
         i = group * COLUMNS
         columns = [T.Bind(T.cast(column[i + c], "int64")) for c in range(COLUMNS)]
-        later = [column[i + ahead * COLUMNS + c] for c in range(COLUMNS if ahead else 0)]
-        later = [T.Bind(T.cast(c, "int64")) for c in later]
+        later = [
+            [
+                T.Bind(T.cast(column[i + far * COLUMNS + quad + c], "int64"))
+                for far, c in product(avx2.ask_at(ahead), range(4))
+            ]
+            for quad in range(0, COLUMNS, 4)
+        ]
         pairs = [T.Bind(quad_of(qs, i + quad)) for quad in range(0, COLUMNS, 4)]
         with T.serial(blocks) as b:
             walk_group(sums, row + b, w, columns, later, pairs, field_masks, first + b)

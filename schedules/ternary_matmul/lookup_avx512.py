@@ -29,6 +29,8 @@ paired ratios to the 2-bit kernel on `vpdpbusd`: one token, 6912 x 2560, one and
 and 0.87 (INT8 0.89, 0.88); 2560 x 2560, two threads, 4 tokens 0.46 (0.70), 8 tokens 0.75 (1.45).
 """
 
+from itertools import product
+
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -107,8 +109,8 @@ def sum_half(w, table, blocks, rows, g, half: int, prefetch: int):
     found = []
     for b in blocks:
         found.append(indexes(w, b, g, half))
-        for r in lines if prefetch else ():
-            avx2.prefetch(w, b, g, LINE * r + prefetch)
+        for r, ahead in product(lines, avx2.ask_at(prefetch, LINE)):
+            avx2.prefetch(w, b, g, LINE * r + ahead)
     for j, row in enumerate(rows):
         tables = [
             T.Bind(avx512.repeat(avx2.load(table, row, g, TABLE * (HALF * half + t), lanes=TABLE)))

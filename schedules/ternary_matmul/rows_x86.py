@@ -49,7 +49,7 @@ CHUNK = FIELDS * LINE  # columns of a line
 class Vectors:
     """What an instruction set does."""
 
-    # (w, qs, r, rows of w, rows to prefetch meanwhile) -> int32 sum of codes * qs[r], each row's
+    # (w, qs, r, rows of w, for each those to prefetch meanwhile) -> int32 sums of codes * qs[r]
     sums: Callable[..., list[Expr]]
     sum_row: Callable[..., None]  # (totals, to, qs, r): totals[to] = sum of qs[r]
     gates: int = 1  # listed at once
@@ -118,7 +118,7 @@ def list_live(live, output: Output, m, first, last, room: int, x86: Vectors) -> 
 
 def strip_row(output, w, qs, r, total, live, m, first, last, walk: Walk):
     """out[m, first:last], row r of qs being row m of q"""
-    ahead = walk.rows_ahead(w)
+    aheads = avx2.ask_at(walk.rows_ahead(w))
 
     def finish(rows, later):
         for row, acc in zip(rows, walk.x86.sums(w, qs, r, rows, later), strict=True):
@@ -127,14 +127,14 @@ def strip_row(output, w, qs, r, total, live, m, first, last, walk: Walk):
     def row_of(i):
         return T.Bind(T.cast(live[i], "int64"))
 
-    count = list_live(live, output, m, first, last, ahead, walk.x86)
+    count = list_live(live, output, m, first, last, max(aheads, default=0), walk.x86)
     run = T.Bind(count // walk.streams)
     with T.serial(run) as j:
         at = [j + s * run for s in range(walk.streams)]
-        finish([row_of(i) for i in at], [row_of(i + ahead) for i in at if ahead])
+        finish([row_of(i) for i in at], [[row_of(i + far) for far in aheads] for i in at])
     if walk.streams > 1:
         with T.serial(count % walk.streams) as j:
-            finish([row_of(walk.streams * run + j)], [])
+            finish([row_of(walk.streams * run + j)], [[]])
 
 
 def any_rows(output, w, qs, totals, m, height, first, share, walk: Walk):

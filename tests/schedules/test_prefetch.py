@@ -6,7 +6,7 @@ import pytest
 import tvm
 from tvm.script import tirx as T
 
-from schedules.intrin.lanes import prefetch, prefetches_into_l2
+from schedules.intrin.lanes import ask_at, prefetch, prefetches_into_l2
 from schedules.sparse_ternary_matmul import avx512vnni, zen4
 from schedules.targets import TARGETS
 from schedules.ternary_matmul import avx512vbmi
@@ -22,7 +22,7 @@ def kernel():
     return ask
 
 
-@pytest.mark.parametrize("factory, locality", [(kernel, 3), (prefetches_into_l2()(kernel), 2)])
+@pytest.mark.parametrize("factory, locality", [(kernel, 3), (prefetches_into_l2(1)(kernel), 2)])
 def test_cache_that_a_prefetch_fills(factory, locality):
     mod = tvm.IRModule({"ask": factory().with_attr("global_symbol", "ask")})
     text = tvm.compile(mod, target=tvm.target.Target("llvm")).mod.inspect_source("ll")
@@ -31,10 +31,18 @@ def test_cache_that_a_prefetch_fills(factory, locality):
 
 
 def test_what_is_parsed_afterwards_fills_l1_again():
-    prefetches_into_l2()(kernel)()
-    with pytest.raises(RuntimeError), prefetches_into_l2():
+    prefetches_into_l2(1)(kernel)()
+    with pytest.raises(RuntimeError), prefetches_into_l2(2):
         raise RuntimeError
     test_cache_that_a_prefetch_fills(kernel, 3)
+    assert ask_at(640, 64) == [640]
+
+
+def test_lines_are_asked_for_several_times_on_the_way():
+    with prefetches_into_l2(4):
+        assert ask_at(4096, 64) == [4096, 3072, 2048, 1024]
+        assert ask_at(640, 64) == [640, 512, 320, 192]
+        assert ask_at(7) == [7, 6, 4, 2] and ask_at(2) == [2, 1] and ask_at(0) == []
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,25 @@ def test_what_is_parsed_afterwards_fills_l1_again():
 )
 def test_zen4_fills_l2(factory, arguments, locality):
     bits, end = arguments[:1], arguments[1:]
-    text = factory(256, 64, *bits, TARGETS["x86-zen4"], *end).script()
-    asked = [line for line in text.splitlines() if "llvm.prefetch" in line]
+    asked = prefetches(factory(256, 64, *bits, TARGETS["x86-zen4"], *end))
     assert asked and all(f", 0, {locality}, 1)" in line for line in asked)
+
+
+def prefetches(kernel) -> list[str]:
+    return [line for line in kernel.script().splitlines() if "llvm.prefetch" in line]
+
+
+@pytest.mark.parametrize("end", ["scale", "glu"])
+def test_zen4_asks_four_times(end):
+    arguments = 256, 2560, 4, TARGETS["x86-zen4"], end
+    once = prefetches(avx512vbmi.kernel(*arguments, prefetch=4096))
+    assert len(prefetches(ternary_zen4.kernel(*arguments))) == 4 * len(once)
+
+
+def test_zen4_halves_the_streams_of_two_tables():
+    def calls(streams, bits, end="scale"):
+        arguments = 256, 2560, bits, TARGETS["x86-zen4"], end
+        return len(prefetches(ternary_zen4.kernel(*arguments, streams=streams)))
+
+    assert calls(4, 8) == calls(2, 4) and calls(1, 8) == calls(1, 4)
+    assert calls(4, 8, "glu") == calls(4, 4, "glu")
