@@ -66,10 +66,10 @@ class Kernels:
     def link(self, func, is_launched_by_us: bool = True):
         from tvm.support import cc
 
-        from compiler.pipeline import LAUNCH, LAUNCH_FLAGS
+        from compiler.pipeline import C_FLAGS, sources
 
         mod = self.tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
-        options = [*LAUNCH_FLAGS, str(LAUNCH)] if is_launched_by_us else []
+        options = [*C_FLAGS, *map(str, sources(self.target))] if is_launched_by_us else []
         compiled = self.tvm.compile(mod, target=self.target.to_tvm())
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:  # loaded, it is not needed
             path = f"{folder}/kernel.so"

@@ -28,10 +28,11 @@ from compiler.passes.schedule_stock_ops import schedule_stock_ops
 from compiler.passes.specialize_kv_cache import specialize_kv_cache
 from compiler.passes.specialize_one_row import specialize_one_row
 from compiler.toolchain import device_compiler
-from schedules.targets import TargetSpec
+from schedules.targets import CpuTarget, TargetSpec
 
 LAUNCH = Path(__file__).with_name("launch.c")  # what kernels call for a parallel loop
-LAUNCH_FLAGS = ("-O2", "-pthread")
+WORKSPACE = Path(__file__).with_name("workspace.c")  # what they take their buffers from
+C_FLAGS = ("-O2", "-pthread")
 
 
 def passes(kv_bits: Sequence[int], dump_directory: Path | None = None) -> list[Pass]:
@@ -99,10 +100,15 @@ def generate(lowered: tvm.IRModule, target: TargetSpec) -> Executable:
         return tvm.compile(lowered, target.to_tvm(), relax_pipeline=None)
 
 
+def sources(target: TargetSpec) -> list[Path]:
+    """What is linked into every library, in C. A GPU's kernels take no buffers on the host."""
+    return [LAUNCH, WORKSPACE] if isinstance(target, CpuTarget) else [LAUNCH]
+
+
 def compile_library(lowered: tvm.IRModule, target: TargetSpec, path: Path, linker: str) -> None:
     """`generate`, and link both into one library."""
     executable = generate(lowered, target)
-    link = partial(cc.create_shared, cc=linker, options=[*LAUNCH_FLAGS, str(LAUNCH)])
+    link = partial(cc.create_shared, cc=linker, options=[*C_FLAGS, *map(str, sources(target))])
     try:
         executable.export_library(str(path), fcompile=link)
     except RuntimeError as error:  # of create_shared: a title, what the linker printed, its command

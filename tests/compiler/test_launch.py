@@ -10,7 +10,7 @@ import tvm
 from tvm.script import tirx as T
 from tvm.support import cc
 
-from compiler.pipeline import LAUNCH, LAUNCH_FLAGS
+from compiler.pipeline import C_FLAGS, LAUNCH
 
 ITEMS = 12
 
@@ -170,7 +170,7 @@ def library(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("launch") / "who_runs.so"
     built = tvm.compile(tvm.IRModule({"who_runs": who_runs}), tvm.target.Target("llvm"))
-    options = [*LAUNCH_FLAGS, "-Wall", "-Wextra", "-Werror", str(LAUNCH)]
+    options = [*C_FLAGS, "-Wall", "-Wextra", "-Werror", str(LAUNCH)]
     built.export_library(str(path), fcompile=partial(cc.create_shared, cc="gcc", options=options))
     return path
 
