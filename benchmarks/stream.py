@@ -21,7 +21,7 @@ FORMS = ((1, 0, 0), (2, 0, 0), (4, 2048, 1), (4, 4096, 4), (8, 2048, 0))
 LINE = 64
 
 
-def kernel(nbytes: int, target: CpuTarget, runs: int, ahead: int, into_l2: int) -> PrimFunc:
+def kernel(nbytes: int, target: CpuTarget, runs: int, ahead: int, times: int) -> PrimFunc:
     """(memory, out): out[:, :16] of each thread, xored over all, are those of memory's lines."""
     lines = nbytes // LINE
 
@@ -31,7 +31,7 @@ def kernel(nbytes: int, target: CpuTarget, runs: int, ahead: int, into_l2: int) 
         value = T.reinterpret("int32x16", memory[T.ramp(line * LINE, 1, LINE)])
         T.buffer_store(sums, sums[T.ramp(0, 1, 16)] ^ value, [T.ramp(0, 1, 16)])
 
-    with prefetches_into_l2(into_l2) if into_l2 else nullcontext():
+    with prefetches_into_l2(times) if times else nullcontext():
 
         @T.prim_func(s_tir=True)
         def stream(memory: T.Buffer((nbytes,), "int8"), out: T.Buffer((256, 16), "int32")):

@@ -137,8 +137,13 @@ static void end_thread(void *argument) {
   free_chunks(ended);
 }
 
+static void forget_lock(void) { /* in a forked child, whose parent may have held it */
+  pthread_mutex_init(&listed, NULL);
+}
+
 __attribute__((constructor)) static void make_key(void) {
   has_key = !pthread_key_create(&key, end_thread);
+  pthread_atfork(NULL, NULL, forget_lock);
 }
 
 /* Workers of launch.c have ended by then or never will; whoever else calls kernels does not now. */

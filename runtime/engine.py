@@ -287,7 +287,7 @@ class Engine:
                 f"rows: {len(tokens)} tokens, {len(slots)} slots, {len(positions)} positions; "
                 "possible: as many of each, at least one"
             )
-        if len(tokens) == 1 and self._is_row(row := (tokens[0], slots[0], positions[0])):
+        if len(tokens) == 1 and self._is_row(row := (*tokens, *slots, *positions)):
             token, slot, position = (np.array([v], np.int64) for v in row)
             return token, slot, position
         checked = (

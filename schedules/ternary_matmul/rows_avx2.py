@@ -44,8 +44,8 @@ def add_line(words, w, qs, r, rows, later, c):
         activations = [avx2.load(qs, r, column, lanes=HALF) for column in columns]
         for s, row in enumerate(rows):
             bytes_ = T.Bind(avx2.load(w, row, c, HALF * half, lanes=HALF))
-            for row in later[s] if half == 0 else ():
-                avx2.prefetch(w, row, c, 0)
+            for far in later[s] if half == 0 else ():
+                avx2.prefetch(w, far, c, 0)
             total = avx2.load(words, s, 0, lanes=16)
             for f, signed in enumerate(activations):
                 field = avx2.shift_bytes(bytes_, -2 * f)

@@ -33,8 +33,8 @@ def sums(w, qs, r, rows, later) -> list[Expr]:
         activations = [T.Bind(avx2.load(qs, r, column, lanes=LINE)) for column in columns]
         for s, row in enumerate(rows):
             bytes_ = T.Bind(avx2.load(w, row, c, 0, lanes=LINE))
-            for row in later[s]:
-                avx2.prefetch(w, row, c, 0)
+            for far in later[s]:
+                avx2.prefetch(w, far, c, 0)
             for f, mask in enumerate(field_masks):
                 so_far = avx2.load(lanes[FIELDS * s + f], 0, lanes=16)
                 total = avx512.dot_bytes(so_far, bytes_ & mask, activations[f])
