@@ -118,8 +118,8 @@ def visit(sums32, s, w, b, quad0, qs, r, products: Products, prefetch: int):
     with T.serial(VISIT) as i:
         quad = quad0 + i
         four = T.Bind(quad_of(qs, r, 4 * quad))
-        if prefetch:
-            avx2.prefetch(w, b, quad + prefetch // LINE, 0)
+        for far in avx2.ask_at(prefetch, LINE):
+            avx2.prefetch(w, b, quad + far // LINE, 0)
         for half in range(2):
             bytes_ = T.Bind(avx2.load(w, b, quad, HALF * half, lanes=HALF))
             for f, codes in enumerate(products.fields(bytes_)):

@@ -1,6 +1,6 @@
 """ternary_matmul on Zen 4: avx512vbmi.py, weights asked for into L2, four times each.
 
-Why four times: intrin/zen4.py. 8-bit activations look up in two tables a row, which then gain from
+Why four times: intrin/zen.py. 8-bit activations look up in two tables a row, which then gain from
 half the streams.
 
 Measured: EPYC of family 25, model 17, 2 cores, 2026-11-23, cold, us with one thread and with two:
@@ -16,7 +16,7 @@ Measured: EPYC of family 25, model 17, 2 cores, 2026-11-23, cold, us with one th
 from tvm.tirx import PrimFunc
 
 from schedules.epilogue import EPILOGUES
-from schedules.intrin import zen4
+from schedules.intrin import zen
 from schedules.targets import CpuTarget
 from schedules.ternary_matmul import avx512vbmi, lookup_avx512
 
@@ -24,7 +24,7 @@ KNOBS = avx512vbmi.KNOBS | {"prefetch": (4096, 2048, 0)}
 layout = avx512vbmi.layout
 
 
-@zen4.prefetching
+@zen.prefetching
 def kernel(
     n: int,
     k: int,

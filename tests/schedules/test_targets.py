@@ -27,6 +27,7 @@ SAPPHIRE_RAPIDS = [*VBMI_HOST, "avx512_bf16", "avx_vnni"]  # a virtual machine m
         (["avx2"], "generic"),
         (AVX2_HOST, "x86-avx2"),
         (AVX512_HOST, "x86-avx2"),
+        ([*AVX2_HOST, "sse4a"], "x86-zen"),
         ([*AVX2_HOST, "avx_vnni"], "x86-avxvnni"),
         (VNNI_HOST, "x86-avx512vnni"),
         (VBMI_HOST, "x86-avx512vbmi"),
