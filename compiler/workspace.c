@@ -146,7 +146,7 @@ __attribute__((constructor)) static void make_key(void) {
   pthread_atfork(NULL, NULL, forget_lock);
 }
 
-/* Workers of launch.c have ended by then or never will; whoever else calls kernels does not now. */
+/* Workers of launch.c may still wait for a launch, but none comes. */
 __attribute__((destructor)) static void end_all(void) {
   if (has_key) pthread_key_delete(key);
   while (stacks) {

@@ -90,7 +90,12 @@ def prepare(data_dir: Path, run_dir: Path, vocab_size: int) -> None:
     names = [TOKENIZER_NAME] + [f"{split}.bin" for split in SPLITS]
     if all((run_dir / name).exists() for name in names):
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"run: asked for {run_dir}, it cannot be made: {error.strerror}; possible: a folder"
+        ) from error
     texts = {split: read_books(data_dir / f"{split}.txt.xz") for split in SPLITS}
     tokenizer = train_tokenizer(texts["train"], vocab_size)
     _replace(run_dir / TOKENIZER_NAME, tokenizer.to_str(pretty=True).encode())

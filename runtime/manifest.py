@@ -10,6 +10,7 @@ from runtime.errors import ArtifactError
 FORMAT = 2
 MANIFEST, CONFIG = "artifact.json", "config.json"
 LARGEST = 1 << 31  # bounds the sizes in config.json
+LARGEST_BYTES = 1 << 48
 
 # A type, a list of one element's schema, or an object's fields; None stands for any name.
 Schema = type | list["Schema"] | dict[str | None, "Schema"]
@@ -27,6 +28,7 @@ SCHEMA: Schema = {
     "tensors": [{"name": str, "dtype": str, "shape": [int], "offset": int, "bytes": int}],
     "files": {None: str},
 }
+OPTIONAL = {"prompt_rows": 1, "workspace_bytes": 0}  # whole numbers, the least of each
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if problem := _mismatch(manifest, SCHEMA, ""):
         raise ArtifactError(f"artifact {path}: {MANIFEST} needs {problem}")
+    for name, least in OPTIONAL.items():
+        if not _is_whole(value := manifest.get(name, least), least):
+            raise ArtifactError(
+                f"artifact {path}: {MANIFEST} needs {name} (a whole number from {least} on), found "
+                f"{value!r:.40}"
+            )
+    levels = manifest.get("levels", {})
+    if not isinstance(levels, dict) or not all(map(_is_level, levels.values())):
+        raise ArtifactError(
+            f"artifact {path}: {MANIFEST} needs levels (positions and bytes), found {levels!r:.40}"
+        )
     return manifest
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < LARGEST_BYTES
+
+
+def _is_level(level: Any) -> bool:
+    return isinstance(level, dict) and all(
+        _is_whole(level.get(name), least) for name, least in (("positions", 1), ("bytes", 0))
+    )
 
 
 def read_shape(path: Path) -> ModelShape:

@@ -105,7 +105,7 @@ def walk_columns(sums, row, w, column, qs, count, first, blocks, ahead: int):
         columns = [T.Bind(T.cast(column[i + c], "int64")) for c in range(COLUMNS)]
         later = [
             [
-                T.Bind(T.cast(column[i + far * COLUMNS + quad + c], "int64"))
+                T.Bind(T.cast(column[i + far * COLUMNS + (quad + c)], "int64"))
                 for far, c in product(avx2.ask_at(ahead), range(4))
             ]
             for quad in range(0, COLUMNS, 4)

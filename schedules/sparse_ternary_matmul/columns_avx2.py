@@ -97,8 +97,8 @@ def walk(sum32, row, w, column, qs, count, first, blocks, ahead: int = 0):
             i = (d * per_drain + g) * COLUMNS
             # as int64, so that the eight addresses are computed once and not for every block
             columns = [T.Bind(T.cast(column[i + c], "int64")) for c in range(COLUMNS)]
-            places = [far * COLUMNS + c for far in avx2.ask_at(ahead) for c in range(COLUMNS)]
-            later = [column[i + place] for place in places]
+            aheads = [far * COLUMNS for far in avx2.ask_at(ahead)]
+            later = [column[i + far + c] for far in aheads for c in range(COLUMNS)]
             later = [T.Bind(T.cast(c, "int64")) for c in later]
             pairs = [T.Bind(activation_pair(qs, i + 2 * p)) for p in range(GROUP)]
             with T.serial(blocks) as b:

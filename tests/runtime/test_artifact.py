@@ -97,6 +97,22 @@ def test_missing_field(own_artifact, field):
     assert f"needs {field}, found nothing" in refusal(own_artifact)
 
 
+@pytest.mark.parametrize(
+    "fields, needed",
+    [
+        ({"prompt_rows": "x"}, "prompt_rows (a whole number from 1 on), found 'x'"),
+        ({"prompt_rows": 0}, "prompt_rows (a whole number from 1 on), found 0"),
+        ({"workspace_bytes": -5}, "workspace_bytes (a whole number from 0 on), found -5"),
+        ({"levels": []}, "levels (positions and bytes), found []"),
+        ({"levels": {"3": {"positions": 0, "bytes": 4}}}, "levels (positions and bytes), found {"),
+        ({"levels": {"3": {"bytes": 4}}}, "levels (positions and bytes), found {"),
+    ],
+)
+def test_optional_field(own_artifact, fields, needed):
+    write_manifest(own_artifact, **fields)
+    assert f"needs {needed}" in refusal(own_artifact)
+
+
 def places(value, path=()):
     """The path of everything inside a JSON value."""
     for key in value if isinstance(value, dict) else range(len(value)):

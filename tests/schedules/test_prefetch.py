@@ -6,9 +6,15 @@ import pytest
 import tvm
 from tvm.script import tirx as T
 
+from schedules.grouped_matmul import avx2 as head_avx2
+from schedules.grouped_matmul import avx512vnni as head_avx512
+from schedules.grouped_matmul import zen as head_zen
+from schedules.grouped_matmul import zen4 as head_zen4
 from schedules.intrin.lanes import ask_at, prefetch, prefetches_into_l2
+from schedules.sparse_ternary_matmul import avx2 as sparse_avx2
 from schedules.sparse_ternary_matmul import avx512vnni, zen4
 from schedules.sparse_ternary_matmul import zen as sparse_zen
+from schedules.sparse_ternary_matmul.avx512vnni import COLUMNS
 from schedules.targets import TARGETS
 from schedules.ternary_matmul import avx2, avx512vbmi
 from schedules.ternary_matmul import zen as ternary_zen
@@ -87,6 +93,25 @@ def test_zen_asks_four_times(once, zen, bits, end):
     arguments = 256, 2560, bits, TARGETS["x86-zen4"], end
     count = len(prefetches(once.kernel(*arguments, prefetch=4096)))
     assert len(prefetches(zen.kernel(*arguments))) == 4 * count > 0
+
+
+@pytest.mark.parametrize(
+    "once, zen, streams", [(head_avx512, head_zen4, 4), (head_avx2, head_zen, 2)]
+)
+def test_zen_asks_four_times_for_the_head(once, zen, streams):
+    arguments = 256, 2560, 6, TARGETS["x86-zen4"]
+    count = len(prefetches(once.kernel(*arguments, streams=streams, prefetch=4096)))
+    assert len(prefetches(zen.kernel(*arguments))) == 4 * count > 0
+
+
+@pytest.mark.parametrize(
+    "once, zen, ahead, times", [(avx512vnni, zen4, 4, 4), (sparse_avx2, sparse_zen, 2, 2)]
+)
+def test_zen_asks_for_a_group_of_columns_on_the_way(once, zen, ahead, times):
+    arguments = 256, 2560, TARGETS["x86-zen4"]
+    never, first = (len(prefetches(once.kernel(*arguments, ahead=at))) for at in (0, ahead))
+    walks = (first - never) // COLUMNS  # that are in the kernel; each has its group of columns
+    assert len(prefetches(zen.kernel(*arguments))) == first + (times - 1) * walks * COLUMNS
 
 
 def test_zen4_halves_the_streams_of_two_tables():
