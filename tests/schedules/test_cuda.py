@@ -166,6 +166,8 @@ def test_compiles(target):
     for family in (name for name, row in family_rows().items() if row is target):
         kept = "".join(part for part in golden if part.split(" ")[0] == family)
         assert described(family, target) == kept
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on the PATH: compared with the golden file, not compiled")
     archs = {arch for row in GPU_ROWS if row.families == target.families for arch in row.archs}
     binary = assembled(source(target), target, sorted(archs))
     if target.can_launch_early:
