@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from model import train
 from model.config import ModelConfig
-from model.data import Windows, bos_shifted
+from model.data import DataError, Windows, bos_shifted, prepare
 from model.packing import unpack_ternary
 from model.quantizers import ternary_absmean
 from model.trainer import Recipe, Trainer, TrainError
@@ -181,3 +181,9 @@ def test_windows_cover_an_epoch_once_and_begin_with_bos():
 
 def test_bos_shifted():
     assert bos_shifted(torch.tensor([[5, 6, 7]]), 0).tolist() == [[0, 5, 6]]
+
+
+def test_a_run_folder_that_is_a_file(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(DataError, match="run: asked for .*/run, it cannot be made: .*; possible:"):
+        prepare(tmp_path, tmp_path / "run", 300)
