@@ -185,5 +185,5 @@ def test_bos_shifted():
 
 def test_a_run_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").touch()
-    with pytest.raises(DataError, match="run: asked for .*/run, it cannot be made: .*; possible:"):
+    with pytest.raises(DataError, match=r"run: asked for .*/run, it cannot be made: .*; possible:"):
         prepare(tmp_path, tmp_path / "run", 300)
