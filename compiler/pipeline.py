@@ -101,7 +101,7 @@ def generate(lowered: tvm.IRModule, target: TargetSpec) -> Executable:
 
 
 def sources(target: TargetSpec) -> list[Path]:
-    """What is linked into every library, in C. A GPU's kernels take no buffers on the host."""
+    """What is linked into every library, in C. A GPU's keeps TVM's workspaces, of any device."""
     return [LAUNCH, WORKSPACE] if isinstance(target, CpuTarget) else [LAUNCH]
 
 

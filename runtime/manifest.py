@@ -10,11 +10,12 @@ from runtime.errors import ArtifactError
 FORMAT = 2
 MANIFEST, CONFIG = "artifact.json", "config.json"
 LARGEST = 1 << 31  # bounds the sizes in config.json
-LARGEST_BYTES = 1 << 48
+COUNT, SIZE = range(1, 1 << 48), range(1 << 48)
 
-# A type, a list of one element's schema, or an object's fields; None stands for any name.
-Schema = type | list["Schema"] | dict[str | None, "Schema"]
-SCHEMA: Schema = {
+# A type, whole numbers, a list of one element's schema, or an object's fields; None stands for any
+# name.
+Schema = type | range | list["Schema"] | dict[str | None, "Schema"]
+SCHEMA: dict[str | None, Schema] = {
     "model": str,
     "target": str,
     "device": str,
@@ -28,7 +29,11 @@ SCHEMA: Schema = {
     "tensors": [{"name": str, "dtype": str, "shape": [int], "offset": int, "bytes": int}],
     "files": {None: str},
 }
-OPTIONAL = {"prompt_rows": 1, "workspace_bytes": 0}  # whole numbers, the least of each
+OPTIONAL: dict[str | None, Schema] = {
+    "prompt_rows": COUNT,
+    "workspace_bytes": SIZE,
+    "levels": {None: {"positions": COUNT, "bytes": SIZE}},
+}
 
 
 @dataclass(frozen=True)
@@ -62,30 +67,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"artifact {path}: format {manifest.get('format')!r}, this runtime reads {FORMAT}; "
             "possible: build it again"
         )
-    if problem := _mismatch(manifest, SCHEMA, ""):
+    there: dict[str | None, Schema] = {
+        name: schema for name, schema in OPTIONAL.items() if name in manifest
+    }
+    if problem := _mismatch(manifest, SCHEMA | there, ""):
         raise ArtifactError(f"artifact {path}: {MANIFEST} needs {problem}")
-    for name, least in OPTIONAL.items():
-        if not _is_whole(value := manifest.get(name, least), least):
-            raise ArtifactError(
-                f"artifact {path}: {MANIFEST} needs {name} (a whole number from {least} on), found "
-                f"{value!r:.40}"
-            )
-    levels = manifest.get("levels", {})
-    if not isinstance(levels, dict) or not all(map(_is_level, levels.values())):
-        raise ArtifactError(
-            f"artifact {path}: {MANIFEST} needs levels (positions and bytes), found {levels!r:.40}"
-        )
     return manifest
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < LARGEST_BYTES
-
-
-def _is_level(level: Any) -> bool:
-    return isinstance(level, dict) and all(
-        _is_whole(level.get(name), least) for name, least in (("positions", 1), ("bytes", 0))
-    )
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -149,6 +136,10 @@ def _mismatch(value: Any, schema: Schema, where: str) -> str | None:
         if isinstance(value, schema) and not isinstance(value, bool):
             return None
         return f"{where} ({schema.__name__}), found {value!r:.40}"
+    if isinstance(schema, range):
+        if type(value) is int and value in schema:
+            return None
+        return f"{where} (a whole number from {schema.start} on), found {value!r:.40}"
     same = type(value) is type(schema)  # spelt in the if, mypy takes the value for a schema
     if not same:
         return f"{where} ({type(schema).__name__}), found {value!r:.40}"

@@ -204,7 +204,7 @@ TARGETS: dict[str, TargetSpec] = {
         # for lzcnt). Caches: the smallest of Haswell (32 KiB, 256 KiB) and Zen (32, 512).
         x86("x86-avx2", ("avx2",), X86_V3, {"mcpu": "x86-64-v3"}, 256, 32, 256),
         # AMD's Zen 1 to 3: AVX2's kernels, asking for memory as Zen 4 wants it. Timed on a Zen 4,
-        # not on one of these. Tiled as above: for 512 KiB prompts took 1.03 of the time.
+        # not on one of these. Tiled as above: for 512 KiB prompts took 1.04 of the time.
         x86("x86-zen", ("zen", "avx2"), (*X86_V3, "sse4a"), {"mcpu": "x86-64-v3"}, 256, 32, 256),
         # Alder Lake and later without AVX-512. LLVM itself makes `vpdpwssd` of products and sums.
         # Caches: Gracemont (32, a quarter of 2048)

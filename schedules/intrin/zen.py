@@ -10,13 +10,6 @@ cold, in C, us with one thread and with two: no prefetch 225, 147; once 146, 107
 three times 105, 84; four times 95, 84. In the kernels: ternary_matmul/zen4.py, zen.py and others.
 """
 
-from collections.abc import Callable
-
 from schedules.intrin.lanes import prefetches_into_l2
 
-TIMES = 4
-
-
-def prefetching(kernel: Callable) -> Callable:
-    """A kernel's factory, whose prefetches are made so."""
-    return prefetches_into_l2(TIMES)(kernel)
+prefetching = prefetches_into_l2(times=4)  # a decorator of a kernel's factory

@@ -1,6 +1,6 @@
 """sparse_ternary_matmul on Zen 1 to 3: avx2.py, columns asked for into L2, twice each.
 
-Why twice: intrin/zen.py.
+Why twice: intrin/zen.py; a knob of more groups ahead asks as often, up to four times.
 
 Measured: EPYC of family 25, model 17, which is a Zen 4, 2 cores, 2026-11-23, cold, medians of 15
 paired ratios to avx2.py's time, one thread and two, into L2 once, 2 groups ahead and 1, and from 4

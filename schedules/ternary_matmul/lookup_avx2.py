@@ -79,6 +79,7 @@ def group_sums(w, table, b, r, g, blocks, rows, prefetch):
     for p in range(PAIR_GROUP):
         for s in range(blocks):
             nibbles = T.Bind(avx2.load(w, b + s, g * PAIR_GROUP + p, 0, lanes=32))
+            # a line is two pairs, seven pairs some four lines
             for far in avx2.ask_at(prefetch, 64) if p % 2 == 0 else ():
                 avx2.prefetch(w, b + s, g * PAIR_GROUP + p + far // 32, 0)
             halves = [T.Bind(avx2.low_nibbles(nibbles)), T.Bind(avx2.high_nibbles(nibbles))]

@@ -103,9 +103,12 @@ def test_missing_field(own_artifact, field):
         ({"prompt_rows": "x"}, "prompt_rows (a whole number from 1 on), found 'x'"),
         ({"prompt_rows": 0}, "prompt_rows (a whole number from 1 on), found 0"),
         ({"workspace_bytes": -5}, "workspace_bytes (a whole number from 0 on), found -5"),
-        ({"levels": []}, "levels (positions and bytes), found []"),
-        ({"levels": {"3": {"positions": 0, "bytes": 4}}}, "levels (positions and bytes), found {"),
-        ({"levels": {"3": {"bytes": 4}}}, "levels (positions and bytes), found {"),
+        ({"levels": []}, "levels (dict), found []"),
+        (
+            {"levels": {"3": {"positions": 0, "bytes": 4}}},
+            "levels.3.positions (a whole number from 1 on), found 0",
+        ),
+        ({"levels": {"3": {"bytes": 4}}}, "levels.3.positions, found nothing"),
     ],
 )
 def test_optional_field(own_artifact, fields, needed):
