@@ -27,7 +27,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from benchmarks.cpu_bench import Bench
-from benchmarks.cpu_context import DECODE_STEPS, measure_context
+from benchmarks.cpu_context import STEPS, measure_context
 from benchmarks.cpu_kernels import measure_kernels, measure_stream
 from benchmarks.cpu_model import load_models, measure_model
 from benchmarks.cpu_page import plot, table
@@ -62,7 +62,7 @@ def check_positions(options: argparse.Namespace, context: int) -> None:
     if "model" in options.only:
         asked = {"--prompts": max(options.prompts), "--decode": options.decode}
     if "context" in options.only:
-        asked["--repetitions"] = DECODE_STEPS * (options.repetitions + 1) + 1
+        asked["--repetitions"] = STEPS * (options.repetitions + 1) + 1
     for name, positions in asked.items():
         if positions > context:
             raise WorkerError(f"{name}: asked for {positions} positions; possible: 1 to {context}")

@@ -2,7 +2,7 @@
 
 from benchmarks.cpu_bench import Bench
 
-DECODE_STEPS = 16  # a sample
+STEPS = 16  # a sample
 
 
 def measure_context(bench: Bench) -> None:
@@ -11,11 +11,11 @@ def measure_context(bench: Bench) -> None:
     for worker in bench.workers.values():
         worker.ask("threads", count=threads)
         worker.ask("clear")
-    most = bench.manifest["context_length"] - DECODE_STEPS * (bench.options.repetitions + 1)
+    most = bench.manifest["context_length"] - STEPS * (bench.options.repetitions + 1)
     for position in sorted({min(p, most) for p in bench.options.contexts}):
         for worker in bench.workers.values():
             worker.ask("fill", position=position)
         ask = dict.fromkeys(
-            bench.workers, lambda worker: worker.ask("decode", steps=DECODE_STEPS)["seconds"]
+            bench.workers, lambda worker: worker.ask("decode", steps=STEPS)["seconds"]
         )
-        bench.measure("context", f"tg at {position}", threads, DECODE_STEPS, "token", ask, {})
+        bench.measure("context", f"tg at {position}", threads, STEPS, "token", ask, {})

@@ -48,9 +48,6 @@ class Device(Protocol):
     def inputs(self, step: str, arrays: Sequence[np.ndarray]) -> list[Any]:
         """Tensors with these values for one call of `step`."""
 
-    def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
-        """Whether the next call of `step` is the first of its row count, and will be captured."""
-
     def mailbox(self) -> Mailbox | None:
         """For steps that draw their token; None where the host does. Raises `RuntimeRefusal`."""
 
@@ -109,9 +106,6 @@ class Cpu:
         for value, array in zip(held.values, arrays, strict=True):
             value[...] = array
         return held.tensors
-
-    def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
-        return False
 
     def mailbox(self) -> None:
         return None
@@ -208,9 +202,6 @@ class Cuda:
                     self._gpu.write(tensor, array)
         known[rows].values = [array.copy() for array in arrays]
         return known[rows].tensors
-
-    def is_new(self, step: str, arrays: Sequence[np.ndarray]) -> bool:
-        return row_counts(arrays) not in self._inputs.get(step, {})
 
     def mailbox(self) -> Mailbox:
         try:

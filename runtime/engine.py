@@ -5,16 +5,16 @@ A step works on M token rows; row m belongs to cache slot `slots[m]` and stands 
 The compiled kernels check nothing, so what comes in is checked here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from runtime import host, tvm_runtime
 from runtime.artifact import Artifact
-from runtime.device import open_device, shortened
+from runtime.device import open_device, row_counts, shortened
 from runtime.errors import ArtifactError, Numbers, RuntimeRefusal, require_whole, whole_array
 from runtime.generation import Generation
 from runtime.kv_cache import KVCache
@@ -22,6 +22,8 @@ from runtime.sampler import Sampler
 
 PREFILL_ROWS = 256  # rows a step, where the artifact names none: one read of the weights for all
 SCORE_ROWS = 64  # the same where each row's V logits are wanted
+
+Found = TypeVar("Found")
 
 
 class Engine:
@@ -44,6 +46,7 @@ class Engine:
             if function := tvm_runtime.function_or_none(self._module, self._full_name(name)):
                 self._functions[name] = function
         self._mailbox = self._device.mailbox() if "decode_token" in self._functions else None
+        self._ran: set[tuple] = set()  # steps, with their rows: a GPU has captured them
         self._parameters = artifact.parameters(self._device)
         tvm_runtime.use_threads(threads)
         if self._device.takes_memory_at_once:
@@ -202,12 +205,11 @@ class Engine:
         else:
             row, uniform = self._check_row(token, slot, position), sampler.draw()
             self._mailbox.ask(row, sampler.temperature, sampler.top_k, sampler.top_p, uniform)
-            _, found = self._launch("decode_token", self._mailbox.tensors, self._mailbox.is_new)
-            self._mailbox.is_new = False
-            drawn = self._mailbox.wait()
+            _, found = self._launch("decode_token", self._mailbox.tensors)
+            drawn = self._ended(self._mailbox.wait)
             if drawn >= 0:
                 return drawn
-        return sampler.sample(self._device.fetch(found)[0], uniform)
+        return sampler.sample(self._ended(self._device.fetch, found)[0], uniform)
 
     def sparsity(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]
@@ -229,23 +231,21 @@ class Engine:
         return self._call("prefill", tokens, slots, positions, np.asarray(rows, np.int64))
 
     def _call(self, name: str, *arrays: np.ndarray) -> np.ndarray:
-        return self._device.fetch(self._run(name, *arrays))
+        return self._ended(self._device.fetch, self._run(name, *arrays))
 
     def _run(self, name: str, *arrays: np.ndarray) -> Any:
         tvm_runtime.use_threads(self.threads)
-        is_step = name == "decode"
-        if is_step and len(arrays[0]) == 1 and "decode_one" in self._functions:
+        if name == "decode" and len(arrays[0]) == 1 and "decode_one" in self._functions:
             name = "decode_one"
-        is_new = is_step and self._device.is_new(name, arrays)
-        return self._launch(name, self._device.inputs(name, arrays), is_new)
+        return self._launch(name, self._device.inputs(name, arrays), *row_counts(arrays))
 
-    def _launch(self, name: str, inputs: Sequence[Any], is_new: bool) -> Any:
-        """is_new: the call will capture a graph."""
+    def _launch(self, name: str, inputs: Sequence[Any], *rows: int) -> Any:
+        """The first of a step of so many rows captures it, on a GPU."""
         arguments = [*inputs, self.cache.tensors, self._parameters]
         try:
-            if is_new:
+            if (name, rows) not in self._ran:
                 tvm_runtime.fill_pool(self._module, self._full_name(name), arguments)
-            return self._functions[name](*arguments)
+            result = self._functions[name](*arguments)
         except (TypeError, ValueError, RuntimeError) as error:  # TVM's check of every argument
             if refusal := self._device.why(str(error)):
                 raise RuntimeRefusal(refusal) from error
@@ -253,6 +253,19 @@ class Engine:
                 f"artifact {self.artifact.path}: its library refuses the parameters or caches that "
                 f"artifact.json and config.json describe: {shortened(error)}; possible: build it "
                 "again"
+            ) from error
+        self._ran.add((name, rows))
+        return result
+
+    def _ended(self, call: Callable[..., Found], *arguments: Any) -> Found:
+        """What `call` gives, which waits for a launched step: a GPU tells only then how it went."""
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            raise RuntimeRefusal(
+                self._device.why(str(error))
+                or f"device: a step did not end well: {shortened(error)}; possible: to load the "
+                "model again, in a new process"
             ) from error
 
     def _check_sequence(self, token_ids: Sequence[int], start: int) -> np.ndarray:

@@ -28,7 +28,6 @@ class Mailbox:
         self._request = array.data.cast("B")
         self._reply, reply = gpu.page_locked(1)
         self.tensors: tuple[Any, Any] = request, reply
-        self.is_new = True  # no step has been captured with it
         self._is_asked = False  # what may still be read: Ctrl-C can come before `wait`
 
     def ask(
@@ -44,6 +43,10 @@ class Mailbox:
 
     def wait(self) -> int:
         """The reply, once the step has ended. RuntimeError: it did not end well."""
-        self._gpu.wait()
+        try:
+            self._gpu.wait()
+        except RuntimeError:
+            self._is_asked = False
+            raise
         self._is_asked = False
         return int(self._reply[0])

@@ -135,10 +135,8 @@ def test_inputs_keep_their_tensors(fake_gpu):
     """A captured graph reads the addresses of its first call."""
     fake_gpu()
     gpu = Cuda(["sm_90a"])
-    assert gpu.is_new("decode", [np.array([1, 2]), np.array([0, 1])])
     first = gpu.inputs("decode", [np.array([1, 2]), np.array([0, 1])])
     again = gpu.inputs("decode", [np.array([3, 4]), np.array([5, 6])])
-    assert not gpu.is_new("decode", [np.array([3, 4]), np.array([5, 6])])
     assert [a is b for a, b in zip(first, again, strict=True)] == [True, True]
     assert [tensor.tolist() for tensor in again] == [[3, 4], [5, 6]]
     assert gpu.inputs("decode", [np.array([1]), np.array([1])])[0] is not first[0]
@@ -169,6 +167,22 @@ def test_a_mailbox_keeps_its_tensors(fake_gpu):
         mailbox.ask((1, 0, 0), 0.5, 1, 1.0, 0.5)
     assert gpu.waits == 2
     assert mailbox.tensors[0] is request and mailbox.tensors[1] is reply
+
+
+def test_a_step_that_failed_is_not_waited_for_again(fake_gpu, monkeypatch):
+    gpu = fake_gpu()
+    mailbox = Cuda(["sm_90a"]).mailbox()
+    mailbox.ask((1, 0, 0), 0.5, 1, 1.0, 0.5)
+
+    def fail(_):
+        raise RuntimeError("CUDAError: an illegal memory access was encountered")
+
+    with monkeypatch.context() as context:
+        context.setattr(FakeGpu, "wait", fail)
+        with pytest.raises(RuntimeError, match="illegal"):
+            mailbox.wait()
+    mailbox.ask((1, 0, 0), 0.5, 1, 1.0, 0.5)
+    assert gpu.waits == 0
 
 
 def test_no_page_for_a_mailbox(fake_gpu, monkeypatch):

@@ -240,3 +240,34 @@ def test_another_thread_uses_as_many(artifact):
     thread.start()
     thread.join()
     assert found == [host.usable_cpus()]
+
+
+def test_a_pool_that_could_not_be_filled_is_filled_at_the_next_step(artifact, monkeypatch):
+    """A step captured without it would blame the library."""
+    engine, asked = Engine.load(artifact, threads=1), []
+
+    def fill(_module, name, _arguments):
+        asked.append(name)
+        if len(asked) == 1:
+            raise RuntimeError("CUDAError: out of memory")
+
+    monkeypatch.setattr(tvm_runtime, "fill_pool", fill)
+    with pytest.raises(RuntimeRefusal, match=r"out of memory"):
+        engine.decode([0], [0], [0])
+    for _ in range(2):
+        engine.decode([0], [0], [0])
+    assert len(asked) == 2
+    engine.decode([0, 1], [0, 0], [1, 2])
+    assert len(asked) == 3
+
+
+def test_a_step_that_ends_badly(artifact, monkeypatch):
+    """A GPU tells what went wrong in a step when its result is fetched."""
+    engine = Engine.load(artifact, threads=1)
+
+    def fail(_tensor):
+        raise RuntimeError("CUDAError: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine.cache.device, "fetch", fail)
+    with pytest.raises(RuntimeRefusal, match=r"did not end well: .*illegal.*; possible: to load"):
+        engine.decode([0], [0], [0])
