@@ -1,11 +1,25 @@
-"""command_line: an argument parser that refuses in one line, for every command of the project.
+"""command_line: how every command of the project refuses: one line on stderr, exit code 2.
 
 argparse prints its usage above an error, some fifteen lines for the larger commands here; what was
 wrong then stands last. A layer of its own below all others: the runtime ships without the compiler.
 """
 
 import argparse
+import sys
 from typing import NoReturn
+
+REFUSED = 2
+
+
+def one_line(text: object) -> str:
+    """As it can be printed: an argument that is not UTF-8 holds surrogates, which cannot."""
+    return " ".join(str(text).split()).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def refuse(command: str, problem: object) -> int:
+    """Say on stderr what was asked, what was found and what is possible; the exit code."""
+    print(f"{command}: error: {one_line(problem)}", file=sys.stderr)
+    return REFUSED
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,8 +27,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         command = self.prog.removeprefix("python -m ")
-        # An argument that is not UTF-8 holds surrogates, which cannot be printed as they are.
-        line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode("utf-8")
-        if "possible:" not in line:
-            line += f"; possible: what {command} --help lists"
-        self.exit(2, f"{command}: error: {line}\n")
+        if "possible:" not in message:
+            message += f"; possible: what {command} --help lists"
+        self.exit(refuse(command, message))

@@ -34,7 +34,7 @@ from benchmarks.cpu_page import plot, table
 from benchmarks.cpu_peer import CACHES, FORMATS
 from benchmarks.sigterm import ended_by_sigterm
 from benchmarks.worker import WorkerError
-from command_line import Parser
+from command_line import Parser, refuse
 from runtime.artifact import Artifact
 from runtime.errors import ArtifactError
 
@@ -174,8 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     write(bench)
                     kept = f"{options.output / 'cpu.md'} has what was measured"
     except (WorkerError, ArtifactError, OSError) as error:
-        print(f"benchmarks.cpu: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse("benchmarks.cpu", error)
     except KeyboardInterrupt:
         print(f"benchmarks.cpu: interrupted; {kept}", file=sys.stderr)
         return 130

@@ -34,7 +34,9 @@ class Worker:
                 process_group=0,  # Ctrl-C is for who asks, who ends it
             )
         except OSError as error:
-            raise WorkerError(f"{name}: cannot run {python}: {error.strerror}") from error
+            raise WorkerError(
+                f"{name}: cannot run {python}: {error.strerror}; possible: the path of a Python"
+            ) from error
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout

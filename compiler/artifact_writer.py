@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import tvm
+from tokenizers import Tokenizer
 from tvm import relax
 
 from compiler.config import BuildError
@@ -113,6 +114,22 @@ def write_params(
         _flush(file)
     params = {"file": PARAMS, "bytes": writer.bytes, "chunk_bytes": CHUNK_BYTES}
     return {"params": params | {"sha256": writer.finish()}, "tensors": tensors}
+
+
+def require_tokenizer(source: Path, vocab_size: int) -> None:
+    """Of a checkpoint, if it has one: what the runtime would refuse. Raises `BuildError`."""
+    path = source / TOKENIZER
+    if not path.is_file():
+        return
+    possible = "possible: the model's own, or none"
+    try:
+        found = Tokenizer.from_file(str(path)).get_vocab_size()
+    except Exception as error:  # tokenizers raises Exception itself
+        raise BuildError(f"checkpoint: {path} is no tokenizer: {error}; {possible}") from error
+    if found > vocab_size:
+        raise BuildError(
+            f"checkpoint: {path} has {found} tokens, config.json {vocab_size}; {possible}"
+        )
 
 
 def copy_model_files(directory: Path, config: ModelConfig, source: Path) -> list[str]:

@@ -35,6 +35,7 @@ def assemble(
 ) -> None:
     """Write every file of the artifact into `directory`."""
     started, model = time.monotonic(), weights.config
+    artifact_writer.require_tokenizer(weights.directory, model.vocab_size)
     kv_bits = possible_kv_bits(model.head_dim)
     lookup = find_records(target, records)
     for note in lookup.notes:

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import Parser
+from command_line import Parser, refuse
 from compiler.config import DEFAULT_MODEL, BuildConfig, BuildError
 from compiler.progress import BuildProgress, on_stderr
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             print("compiler.build: interrupted; nothing was written", file=sys.stderr)
             return 130
         if problem := explain(error, config):
-            return refuse(problem)
+            return refuse("compiler.build", problem)
         raise
     report(directory, time.monotonic() - started)
     return 0
@@ -149,11 +149,6 @@ def explain(error: BaseException, config: BuildConfig) -> str | None:
     if isinstance(error, ImportError):
         return f"{error}; possible: pip install 'bitnet-compiler[export]'"
     return None
-
-
-def refuse(problem: str) -> int:
-    print(f"compiler.build: {' '.join(problem.split())}", file=sys.stderr)
-    return 2
 
 
 def report(directory: Path, seconds: float) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from command_line import Parser
+from command_line import Parser, refuse
 from compiler.config import BuildError
 from compiler.tuning import store
 from compiler.tuning.disk import RecordError, held
@@ -39,22 +39,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        tell("interrupted; every directory is whole, as it was or as it was to be")
+        tell = "interrupted; every directory is whole, as it was or as it was to be"
+        print(f"compiler.records: {tell}", file=sys.stderr)
         return 130
     except OSError as error:
-        return refuse(f"{error.filename or 'records'}: {error.strerror or error}")
+        return refuse(
+            "compiler.records", f"{error.filename or 'records'}: {error.strerror or error}"
+        )
     except BuildError as error:
-        return refuse(str(error))
+        return refuse("compiler.records", error)
     return 0
-
-
-def tell(line: str) -> None:
-    print(f"compiler.records: {' '.join(line.split())}", file=sys.stderr)
-
-
-def refuse(problem: str) -> int:
-    tell(problem)
-    return 2
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -98,7 +92,7 @@ def list_(arguments: argparse.Namespace) -> None:
             try:
                 directory = read(path)
             except RecordError as error:  # the others are listed all the same
-                tell(str(error))
+                refuse("compiler.records", error)
                 continue
             machine = directory.machine
             table.add_row(
@@ -303,7 +297,7 @@ def read(path: Path) -> store.Directory:
     """Bad lines are told, and left out of what is written anew."""
     directory = store.read(path)
     if directory.problems:
-        tell(store.summary(directory))
+        print(f"compiler.records: {store.summary(directory)}", file=sys.stderr)
     return directory
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from command_line import refuse
 from compiler.config import BuildError
 from compiler.tuning.options import TuneConfig, check, parse
 
@@ -219,7 +220,7 @@ def report(config: TuneConfig) -> Path:
             benched = reports.bench(config.model, site.target.name, threads, records, say)
         title = f"{model.name} ({model.variant}), {site.target.name}, {site.machine.processor}"
         title += f", {site.machine.threads} threads, TVM {site.machine.tvm}"
-        return page.write(config.output, title, rows, config.weigh, benched)
+        return page.write(config.report_directory, title, rows, config.weigh, benched)
 
 
 def has_weights(config: TuneConfig) -> bool:
@@ -254,18 +255,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"compiler.tune: interrupted; {kept}", file=sys.stderr)
             return 130
         if isinstance(error, OSError):
-            return refuse(f"{error.filename or 'tune'}: {error.strerror or error}")
+            return refuse("compiler.tune", f"{error.filename or 'tune'}: {error.strerror or error}")
         if isinstance(error, ValueError):  # BuildError, CheckpointError, ConfigError
-            return refuse(str(error))
+            return refuse("compiler.tune", error)
         if isinstance(error, ImportError):
-            return refuse(f"{error}; possible: pip install 'bitnet-compiler[export,tune]'")
+            return refuse(
+                "compiler.tune", f"{error}; possible: pip install 'bitnet-compiler[export,tune]'"
+            )
         raise
     return 0
-
-
-def refuse(problem: str) -> int:
-    print(f"compiler.tune: {' '.join(problem.split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

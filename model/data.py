@@ -110,7 +110,10 @@ def read_books(path: Path) -> list[str]:
         with lzma.open(path, "rt", encoding="utf-8") as file:
             text = file.read()
     except OSError as error:
-        raise DataError(f"data: cannot read {path}: {error.strerror or error}") from error
+        raise DataError(
+            f"data: cannot read {path}: {error.strerror or error}; possible: --data with a folder "
+            "that has it"
+        ) from error
     except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"data: {path} is not xz-compressed UTF-8 text: {error}") from error
     return [book.strip("\n") + "\n" for book in text.split(BOOK_SEPARATOR) if book.strip()]

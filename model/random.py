@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from command_line import Parser
+from command_line import Parser, refuse
 from model import packing, quantizers
 from model.config import MODELS, VARIANTS, ConfigError, ModelConfig
 from model.integer import linear_shapes
@@ -179,6 +179,8 @@ def write(config: ModelConfig, directory: Path, seed: int = 0) -> Shape | None:
 
 def refuse_foreign(directory: Path) -> None:
     """A trained checkpoint is not to be lost to a mistyped -o."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is no directory; possible: a new one")
     if not directory.is_dir() or not any(directory.iterdir()):
         return
     try:
@@ -206,8 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         config = config.replace(name=f"{NAME_PREFIX}{config.name}-{config.variant}")
         shape = write(config, args.output, args.seed)
     except (ConfigError, OSError) as error:
-        print(f"model.random: {error}", file=sys.stderr)
-        return 2
+        return refuse("model.random", error)
     size = (args.output / packing.WEIGHTS_NAME).stat().st_size
     print(f"model    {config.name}, {config.num_parameters / 1e9:.2f} B weights")
     print(f"size     {size / 2**20:.0f} MiB")

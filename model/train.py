@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import Parser
+from command_line import Parser, refuse
 from model import evaluate
 from model.bitnet import BitNetModel
 from model.config import MODELS, VARIANTS, ConfigError, ModelConfig
@@ -228,8 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         folder = finish(trainer)
     except (ConfigError, DataError, TrainError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        return refuse("model.train", error)
     print(f"train: done, {folder}")
     return 0
 

@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from command_line import refuse
 from runtime.errors import RuntimeRefusal
 
-REFUSED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def run(command: str, body: Callable[[], None]) -> int:
@@ -23,7 +24,7 @@ def run(command: str, body: Callable[[], None]) -> int:
         body()
         sys.stdout.flush()
     except RuntimeRefusal as refusal:
-        return _refuse(command, str(refusal))
+        return refuse(command, refusal)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -31,19 +32,12 @@ def run(command: str, body: Callable[[], None]) -> int:
         return PIPE_CLOSED
     except OSError as error:  # reading is checked where it is done: stdout is left
         _discard_stdout()
-        return _refuse(
+        return refuse(
             command,
             f"output: cannot write it: {error.strerror or error}; possible: a file or pipe that "
             "takes it",
         )
     return 0
-
-
-def _refuse(command: str, problem: str) -> int:
-    # An argument that is not UTF-8 holds surrogates, which cannot be printed as they are.
-    line = " ".join(problem.split()).encode("utf-8", "backslashreplace").decode("utf-8")
-    print(f"{command}: error: {line}", file=sys.stderr)
-    return REFUSED
 
 
 def _discard_stdout() -> None:

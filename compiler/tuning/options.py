@@ -10,6 +10,7 @@ from compiler.config import DEFAULT_MODEL, BuildError
 
 TRIALS = 200
 MINUTES = 20.0
+REPORT = Path("tune-report")
 WEIGH = ("both", "decode", "prefill")
 
 
@@ -31,7 +32,11 @@ class TuneConfig:
     cold_mib: int | None = None
     resume: bool = False
     report: bool = False
-    output: Path = Path("tune-report")
+    output: Path | None = None
+
+    @property
+    def report_directory(self) -> Path:
+        return self.output or REPORT
 
 
 def parse(argv: list[str] | None, description: str) -> TuneConfig:
@@ -66,9 +71,8 @@ def parse(argv: list[str] | None, description: str) -> TuneConfig:
     add(
         "--output",
         type=Path,
-        default=Path("tune-report"),
         metavar="DIR",
-        help="of --report (default: %(default)s)",
+        help=f"of --report (default: {REPORT})",
     )
     values = vars(parser.parse_args(argv))
     return TuneConfig(**values | {"ops": tuple(values["ops"])})
@@ -121,18 +125,24 @@ def check(config: TuneConfig) -> None:
         raise BuildError("rpc: --rpc HOST:PORT and --key KEY go together")
     if config.report:
         check_report(config)
+    elif config.output is not None:
+        raise BuildError(
+            f"output: asked for {config.output} without --report; possible: --report --output DIR, "
+            "or --records DIR for the records"
+        )
 
 
 def check_report(config: TuneConfig) -> None:
     """What would be found out only after everything is measured."""
     if config.records is not None and not config.records.is_dir():
         raise BuildError(f"records: asked for {config.records}; possible: a directory of records")
-    place = config.output.absolute()
+    place = config.report_directory.absolute()
     while not place.exists():
         place = place.parent
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise BuildError(
-            f"output: asked for {config.output}, cannot write to {place}; possible: --output DIR"
+            f"output: asked for {config.report_directory}, cannot write to {place}; possible: "
+            "--output DIR"
         )
     if find_spec("matplotlib") is None:
         raise BuildError(

@@ -266,7 +266,7 @@ def test_target_that_cannot_be_measured(monkeypatch, asked, artifact, group, ref
 def test_wrong_target_is_one_line(generic_artifact, capsys):
     assert cpu.main([str(generic_artifact), "--target", "vax"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("benchmarks.cpu: target: asked for vax") and told.count("\n") == 1
+    assert told.startswith("benchmarks.cpu: error: target: asked for vax") and told.count("\n") == 1
 
 
 def test_kernels_are_of_the_target_that_is_used(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import compiler.ops  # noqa: F401, what R.bitnet means to the parser
 from compiler import build
@@ -29,7 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """Random weights of `tiny`, with a tokenizer that nothing here reads."""
     directory = tmp_path_factory.mktemp("checkpoint")
     random.write(MODELS["tiny"], directory)
-    (directory / "tokenizer.json").write_text("{}")
+    Tokenizer(WordLevel({"a": 0}, "a")).save(str(directory / "tokenizer.json"))
     return directory
 
 
@@ -107,12 +109,19 @@ def widen(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 168}))
 
 
+def exchange_tokenizer(directory: Path) -> None:
+    many = WordLevel({str(i): i for i in range(1000)}, "0")
+    Tokenizer(many).save(str(directory / "tokenizer.json"))
+
+
 BROKEN = [
     (truncate, "model.safetensors: truncated or not safetensors"),
     (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors beside config.json"),
     (lambda d: (d / "config.json").unlink(), "nor a directory with config.json and"),
     (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
     (widen, "layers.0.gate.w"),
+    (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer: "),
+    (exchange_tokenizer, "tokenizer.json has 1000 tokens, config.json 512; possible: the model's"),
 ]
 
 
@@ -186,5 +195,5 @@ def test_refusal_of_the_command():
     command = [sys.executable, "-m", "compiler.build", "--target", "vax"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("compiler.build: target: asked for 'vax'")
+    assert done.stderr.startswith("compiler.build: error: target: asked for 'vax'")
     assert done.stderr.count("\n") == 1

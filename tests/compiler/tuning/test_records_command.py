@@ -61,7 +61,7 @@ def test_export_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
         assert command("export", place / "file", "--records", tmp_path / "root") == 2
         monkeypatch.undo()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"compiler.records: {place}: is no file; possible: a file's name"
+    assert lines[0] == f"compiler.records: error: {place}: is no file; possible: a file's name"
     assert "file: cannot write (No such file or directory)" in lines[1]
     assert len(lines) == 4
     assert all(f"{place}/file: cannot write (No space left on device)" in x for x in lines[2:])
@@ -86,7 +86,7 @@ def test_import_refuses_a_foreign_file(tmp_path, capsys):
     ):
         assert command("import", tmp_path / name, "--records", tmp_path / "root") == 2
         assert capsys.readouterr().err == (
-            f"compiler.records: {tmp_path / name}: {problem}; possible: a file that "
+            f"compiler.records: error: {tmp_path / name}: {problem}; possible: a file that "
             "compiler.records export wrote\n"
         )
     path = filled(tmp_path / "root", line(1))
@@ -95,7 +95,9 @@ def test_import_refuses_a_foreign_file(tmp_path, capsys):
         archive.add(path, path.relative_to(tmp_path / "root"))
     assert command("import", tmp_path / "bad.tar.gz", "--records", tmp_path / "there") == 2
     (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"compiler.records: {tmp_path}/bad.tar.gz/") and "nothing is" in told
+    assert (
+        told.startswith(f"compiler.records: error: {tmp_path}/bad.tar.gz/") and "nothing is" in told
+    )
     assert not (tmp_path / "there").exists()
 
 
@@ -221,9 +223,9 @@ def test_list_goes_on_after_a_bad_directory(tmp_path, capsys):
     assert str(good) in out and str(bad) not in out and str(without) not in out
     assert sorted(err.splitlines()) == sorted(
         [
-            f"compiler.records: {bad / store.MACHINE}: is not what compiler.tune writes",
-            f"compiler.records: {without}: no machine.json; possible: a machine's directory, as "
-            "compiler.records list names it",
+            f"compiler.records: error: {bad / store.MACHINE}: is not what compiler.tune writes",
+            f"compiler.records: error: {without}: no machine.json; possible: a machine's "
+            "directory, as compiler.records list names it",
         ]
     )
 

@@ -21,6 +21,7 @@ REFUSED = {
     "minutes": (["--minutes", "nan"], "minutes: asked for nan; possible: above 0"),
     "cold": (["--cold-mib", "-1"], "cold-mib: asked for -1; possible: 1 and more"),
     "output": (["--report", "--output", "/dev/null/x"], "output: asked for /dev/null/x, cannot"),
+    "report": (["--output", "x"], "output: asked for x without --report; possible: --report"),
     "port": (["--rpc", "a:99999", "--key", "k"], "rpc: asked for 'a:99999'; possible: HOST:PORT"),
     "rpc alone": (["--rpc", "127.0.0.1:9190"], "rpc: --rpc HOST:PORT and --key KEY go together"),
     "rpc": (["--rpc", "nowhere", "--key", "k"], "rpc: asked for 'nowhere'; possible: HOST:PORT"),
@@ -35,7 +36,7 @@ REFUSED = {
 def test_refused_in_one_line(options, message, capsys, tmp_path):
     assert tune.main([*options, "--records", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"compiler.tune: {message}")
+    assert line.startswith(f"compiler.tune: error: {message}")
     assert not list(tmp_path.iterdir())
 
 
