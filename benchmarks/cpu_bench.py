@@ -85,34 +85,44 @@ class Bench:
         unit: str,
         ask: dict[str, Callable[[Worker], float]],
         floor: dict[str, float],
+        read: Callable[[int], float] | None = None,
     ) -> None:
         """A row: each engine of `ask`, one repetition of all after another, the first thrown
-        away. Where bytes bound it, every repetition begins with a streaming read."""
+        away. Where bytes bound it, every repetition begins with a streaming read: by `read`
+        (threads -> bytes a second), or of much memory in one run."""
         samples: dict[str, list[float]] = {name: [] for name in ask}
         reads = []
         for repetition in range(self.options.repetitions + 1):
             if floor:
-                reads.append(self.reader.ask("kernel", threads=threads)["seconds"])
+                reads.append((read or self.stream)(threads))
             for name, seconds in ask.items():
                 found = seconds(self.worker(name))
                 if repetition:
                     samples[name].append(found)
-        bandwidth = cold.stream_bytes() / statistics.median(reads[1:]) if reads else 0
+        bandwidth = statistics.median(reads[1:]) if reads else 0
         row = Row(group, test, threads, amount, unit, samples, floor, bandwidth)
         self.rows.append(row)
         print(show_row(self.engines, row), file=sys.stderr)
+
+    def stream(self, threads: int) -> float:
+        return cold.stream_bytes() / self.reader.ask("kernel", threads=threads)["seconds"]
 
     def kernel(
         self, test: str, amount: float, unit: str, ask: dict[str, dict], share: float = 0
     ) -> None:
         """Prepared kernels of the engines in `ask`, at every number of threads; of its weights
-        ours needs `share`, 0 where something else bounds it."""
+        ours needs `share`, 0 where something else bounds it. The read beside it is of the same
+        copies: a launch, and the first lines of so few bytes, cost it what they cost the kernel."""
         nbytes = {
             name: self.worker(name).ask("prepare", **r).get("bytes") for name, r in ask.items()
         }
         floor = {OURS: nbytes[OURS] * share} if share else {}
+
+        def read(threads: int) -> float:
+            return nbytes[OURS] / self.workers[OURS].ask("read", threads=threads)["seconds"]
+
         for threads in self.options.threads:
             calls = dict.fromkeys(
                 ask, lambda worker, t=threads: worker.ask("kernel", threads=t)["seconds"]
             )
-            self.measure("kernels", test, threads, amount, unit, calls, floor)
+            self.measure("kernels", test, threads, amount, unit, calls, floor, read)

@@ -13,7 +13,7 @@ LAUNCHES = 2000
 def measure_stream(bench: Bench) -> None:
     nbytes = cold.stream_bytes()
     ask = {OURS: {"kind": "stream", "nbytes": nbytes}}
-    bench.kernel("streaming read", nbytes / 1e9, "GB", ask, share=1)
+    bench.kernel("streaming read", nbytes / 1e9, "GB", ask)
 
 
 def measure_ternary(bench: Bench) -> None:

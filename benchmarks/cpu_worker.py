@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +63,8 @@ class Kernels:
 
         self.tvm, self.target = tvm, targets.find(target)
         self.nbytes = 0  # of the memory that a call of the prepared kernel reads once
+        self.copies: Sequence[np.ndarray] = ()  # of that memory
+        self.read_kernels: dict[int, list] = {}  # by bytes, in every form
 
     def link(self, func, is_launched_by_us: bool = True):
         from tvm.support import cc
@@ -92,7 +95,7 @@ class Kernels:
         packed = LAYOUTS[layout].pack(np.resize(w, (n, k)))
         memory = aligned((copies, *packed.shape), "uint8")
         memory[:] = packed
-        self.nbytes = packed.nbytes
+        self.nbytes, self.copies = packed.nbytes, memory
         return [self.tvm.runtime.from_dlpack(copy) for copy in memory]
 
     def tensors(self, *arrays: np.ndarray) -> list:
@@ -133,7 +136,7 @@ class Kernels:
             rows = rng.integers(1, 64, (64, grouped.row_bytes(k, bits)), dtype=np.uint8)
         table = aligned((copies, n, rows.shape[1]), str(rows.dtype))
         table[:] = np.resize(rows, (n, rows.shape[1]))
-        self.nbytes = table[0].nbytes
+        self.nbytes, self.copies = table[0].nbytes, table
         q = rng.integers(-127, 128, (m, k), dtype=np.int8)
         ones = np.ones(m, np.float32), np.ones(n, np.float32)
         q, scale, w_scale, out = self.tensors(q, *ones, np.zeros((m, n), np.float32))
@@ -155,14 +158,23 @@ class Kernels:
 
     def stream(self, nbytes: int):
         """Read memory and do nothing else, in every form: what each floor is made of."""
+        memory = aligned((1, nbytes), "int8")
+        memory[:] = 1
+        self.nbytes, self.copies = nbytes, memory
+        return [call for calls in self.reads() for call in calls]
+
+    def reads(self) -> list[list]:
+        """Of every form, a call a copy: each reads it once and does nothing else."""
         from benchmarks.stream import FORMS, kernel
 
-        memory = aligned((nbytes,), "int8")
-        memory[:] = 1
-        self.nbytes = nbytes
-        out = aligned((256, 16), "int32")
-        tensors = [self.tvm.runtime.from_dlpack(array) for array in (memory, out)]
-        return [partial(self.link(kernel(nbytes, self.target, *form)), *tensors) for form in FORMS]
+        if self.nbytes not in self.read_kernels:
+            self.read_kernels[self.nbytes] = [
+                self.link(kernel(self.nbytes, self.target, *form)) for form in FORMS
+            ]
+        out = self.tvm.runtime.from_dlpack(aligned((256, 16), "int32"))
+        runs = [copy.reshape(-1).view(np.int8) for copy in self.copies]
+        tensors = [self.tvm.runtime.from_dlpack(run) for run in runs]
+        return [[partial(k, x, out) for x in tensors] for k in self.read_kernels[self.nbytes]]
 
 
 def seconds_of(calls: list) -> float:
@@ -180,6 +192,7 @@ class Ours:
         self.kernels: Kernels | None = None
         self.target = "native"
         self.calls: list = []
+        self.reads: list[list] = []  # of the same memory
         self.are_forms = False  # of one read, not copies of one kernel's weights
 
     def use_target(self, name: str) -> dict:
@@ -220,7 +233,8 @@ class Ours:
     def prepare(self, kind: str, **arguments) -> dict:
         """Build a kernel and its operands: the name of a method of `Kernels`."""
         self.kernels = self.kernels or Kernels(self.target)
-        self.calls = []
+        self.calls, self.reads = [], []
+        self.kernels.copies = ()  # before the next are made
         self.calls = getattr(self.kernels, kind)(**arguments)
         self.are_forms = kind == "stream"
         return {"bytes": self.kernels.nbytes}
@@ -231,6 +245,12 @@ class Ours:
         if self.are_forms:
             return {"seconds": min(seconds_of([call]) for call in self.calls)}
         return {"seconds": seconds_of(self.calls)}
+
+    def read(self, threads: int) -> dict:
+        """Seconds of a streaming read of what a call reads, over the same copies in turn."""
+        tvm_runtime.use_threads(threads)
+        self.reads = self.reads or self.kernels.reads()
+        return {"seconds": min(seconds_of(calls) for calls in self.reads)}
 
 
 if __name__ == "__main__":

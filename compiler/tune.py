@@ -51,8 +51,8 @@ def find_shapes(config: TuneConfig) -> "ModelConfig":
     else:
         if config.model not in MODELS:
             raise BuildError(
-                f"model {config.model!r}: neither a shipped model ({', '.join(zoo_models())}), nor "
-                f"a known configuration ({', '.join(MODELS)}), nor a directory with config.json"
+                f"model: asked for {config.model!r}; possible: {', '.join(zoo_models())}, shapes "
+                f"alone of {', '.join(MODELS)}, or a directory with config.json"
             )
         found = MODELS[config.model]
     if config.variant is None:
@@ -140,7 +140,10 @@ def open_site(config: TuneConfig, stack: ExitStack) -> Site:
 
     linker = toolchain.find_linker(target)
     toolchain.require_device_compiler(target)
-    threads = config.threads or machine.usable_cpus()
+    cpus = machine.usable_cpus()
+    threads = config.threads or cpus
+    if rpc is None and threads > cpus:
+        raise BuildError(f"threads: asked for {threads}; possible: 1 to {cpus} here")
     workers = [Worker(target, threads, rpc) for _ in range(count_servers(rpc))]
     for worker in workers:
         stack.callback(worker.close)

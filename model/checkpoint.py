@@ -52,6 +52,10 @@ _QUANTIZATION: dict[str, tuple] = {
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message is one line for the user."""
 
+    def __init__(self, message: str) -> None:
+        possible = "" if "possible:" in message else "; possible: a whole and current checkpoint"
+        super().__init__(message + possible)
+
 
 def zoo_models() -> list[str]:
     """Names of the models that ship with the repository."""
@@ -64,8 +68,8 @@ def find(model: str) -> Path:
         if (path / "config.json").is_file():
             return path
     raise CheckpointError(
-        f"model {model!r}: neither a shipped model ({', '.join(zoo_models()) or 'none'}) "
-        f"nor a directory with config.json and {WEIGHTS_NAME}"
+        f"model: asked for {model!r}; possible: {', '.join(zoo_models())}, or a directory with "
+        f"config.json and {WEIGHTS_NAME}"
     )
 
 

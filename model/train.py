@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -107,7 +108,12 @@ def final_losses(trainer: Trainer) -> dict[str, float]:
 def read_tokenizer(run: Path):
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(run / TOKENIZER_NAME))
+    try:
+        return Tokenizer.from_file(str(run / TOKENIZER_NAME))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise TrainError(
+            f"train: {run / TOKENIZER_NAME} is no tokenizer: {error}; possible: another --run"
+        ) from error
 
 
 def device_name(device: torch.device) -> str:
@@ -145,6 +151,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """What can be refused before the text is read."""
+    for name in ("batch", "seq", "eval_every", "save_every", "log_every"):
+        require(arguments, name, lambda value: value >= 1, "at least 1")
+    for name in ("tokens", "epochs", "lr", "lr2"):
+        require(arguments, name, lambda value: 0 < value < math.inf, "a number above 0")
+    require(arguments, "weight_decay", lambda value: 0 <= value < math.inf, "at least 0")
+    require(arguments, "minutes", lambda value: value >= 0, "at least 0")
+    require(arguments, "hybrid", lambda value: 0 <= value <= 1, "0 to 1")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is a CPU build
+        here = ", ".join(["cpu"] + ["cuda"] * torch.cuda.is_available())
+        raise TrainError(f"train: --device {arguments.device} asked; possible: {here}") from error
+
+
+def require(
+    arguments: argparse.Namespace, name: str, holds: Callable[[float], bool], possible: str
+) -> None:
+    value = getattr(arguments, name)
+    if value is not None and not holds(value):
+        option = f"--{name.replace('_', '-')}"
+        raise TrainError(f"train: {option} {value} asked; possible: {possible}")
+
+
 def model_config(arguments: argparse.Namespace) -> ModelConfig:
     config = MODELS[arguments.model]
     if arguments.variant:
@@ -158,17 +189,12 @@ def model_config(arguments: argparse.Namespace) -> ModelConfig:
     if arguments.seq > config.max_position_embeddings:
         raise TrainError(
             f"train: --seq {arguments.seq} asked, {config.name} has "
-            f"{config.max_position_embeddings} positions"
+            f"{config.max_position_embeddings} positions; possible: at most so many"
         )
     return config
 
 
 def make_recipe(arguments: argparse.Namespace, config: ModelConfig, windows: Windows) -> Recipe:
-    for name in ("batch", "seq", "eval_every", "save_every", "log_every"):
-        if getattr(arguments, name) < 1:
-            raise TrainError(f"train: --{name.replace('_', '-')} must be at least 1")
-    if not 0.0 <= arguments.hybrid <= 1.0:
-        raise TrainError(f"train: --hybrid {arguments.hybrid} asked, possible is 0 to 1")
     tokens = arguments.tokens or arguments.epochs * len(windows) * arguments.seq
     steps = max(2, int(tokens) // (arguments.batch * arguments.seq))
     share = arguments.hybrid if config.variant == "a4.8" else 0.0
@@ -207,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_float32_matmul_precision("high")
     try:
+        check(arguments)
         config = model_config(arguments)
         options = make_options(arguments, began)
         prepare(options.data, options.run, config.vocab_size)

@@ -12,6 +12,7 @@ A step that draws its token (`decode_token`) has neither: runtime/mailbox.py.
 
 import math
 import mmap
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,6 +27,14 @@ PAGE_BYTES = 4096
 REASON = 200  # characters of what TVM says that are passed on
 DECODE_STEPS = ("decode", "decode_one")  # on a GPU captured (compiler/passes/capture_decode.py)
 Wanted = Sequence[tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of each tensor
+
+
+def failed_step(error: object) -> str:
+    """A refusal, where the device says so and no more."""
+    return (
+        f"device: a step did not end well: {shortened(error)}; possible: to load the model again, "
+        "in a new process"
+    )
 
 
 def shortened(error: object) -> str:
@@ -230,7 +239,7 @@ class Cuda:
                 "decode: the step cannot be captured as a CUDA graph, because its pool of memory "
                 f"had to grow meanwhile: {shortened(reason)}; possible: build it again"
             )
-        return None
+        return failed_step(reason) if re.search(r"cuda(error|_error|: )", reason, re.I) else None
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from runtime import host, tvm_runtime
 from runtime.artifact import Artifact
-from runtime.device import open_device, row_counts, shortened
+from runtime.device import failed_step, open_device, row_counts, shortened
 from runtime.errors import ArtifactError, Numbers, RuntimeRefusal, require_whole, whole_array
 from runtime.generation import Generation
 from runtime.kv_cache import KVCache
@@ -204,7 +204,8 @@ class Engine:
             uniform = sampler.draw()
         else:
             row, uniform = self._check_row(token, slot, position), sampler.draw()
-            self._mailbox.ask(row, sampler.temperature, sampler.top_k, sampler.top_p, uniform)
+            asked = row, sampler.temperature, sampler.top_k, sampler.top_p, uniform
+            self._ended(self._mailbox.ask, *asked)  # it may wait for an interrupted step
             _, found = self._launch("decode_token", self._mailbox.tensors)
             drawn = self._ended(self._mailbox.wait)
             if drawn >= 0:
@@ -262,11 +263,8 @@ class Engine:
         try:
             return call(*arguments)
         except RuntimeError as error:
-            raise RuntimeRefusal(
-                self._device.why(str(error))
-                or f"device: a step did not end well: {shortened(error)}; possible: to load the "
-                "model again, in a new process"
-            ) from error
+            refusal = self._device.why(str(error)) or failed_step(error)
+            raise RuntimeRefusal(refusal) from error
 
     def _check_sequence(self, token_ids: Sequence[int], start: int) -> np.ndarray:
         """The tokens as i64[N]."""

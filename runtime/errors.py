@@ -14,6 +14,10 @@ class RuntimeRefusal(ValueError):
 class ArtifactError(RuntimeRefusal):
     """An artifact directory that cannot be used; the message is one line for the user."""
 
+    def __init__(self, message: str) -> None:
+        possible = "" if "possible:" in message else "; possible: build it again"
+        super().__init__(message + possible)
+
 
 def require_whole(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int in [low, high], or a refusal that names it."""

@@ -117,13 +117,9 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(
-            f"artifact {path}: {name} is not JSON: {error}; possible: build it again"
-        ) from error
+        raise ArtifactError(f"artifact {path}: {name} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ArtifactError(
-            f"artifact {path}: {name} must hold a JSON object; possible: build it again"
-        )
+        raise ArtifactError(f"artifact {path}: {name} must hold a JSON object")
     return found
 
 

@@ -122,7 +122,7 @@ def check(config: TuneConfig) -> None:
         if value is not None and value < 1:
             raise BuildError(f"{name}: asked for {value}; possible: 1 and more")
     if (config.rpc is None) != (config.key is None):
-        raise BuildError("rpc: --rpc HOST:PORT and --key KEY go together")
+        raise BuildError("rpc: --rpc HOST:PORT and --key KEY go together; possible: both, or none")
     if config.report:
         check_report(config)
     elif config.output is not None:

@@ -8,6 +8,7 @@ from benchmarks import cold
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
     monkeypatch.setattr(cold, "CACHES", tmp_path)
+    monkeypatch.setattr(cold, "memory", lambda: 2**33)
     cold.largest_cache.cache_clear()
     yield tmp_path
     cold.largest_cache.cache_clear()
@@ -34,3 +35,13 @@ def test_largest_cache(caches, sizes, largest):
     assert cold.copies(1) == 1000
     few = cold.copies(0.08 * 4.4e6, held=4.4e6)
     assert few * 4.4e6 <= max(2**31, 3 * largest) and few > cold.copies(4.4e6)
+
+
+def test_a_part_of_each_copy_is_cold_where_memory_is_large(caches, monkeypatch):
+    """Columns of a weight at 92 % zeros, on a host with 300 MB of cache."""
+    (caches / "index3").mkdir()
+    (caches / "index3" / "size").write_text("300M")
+    held, read = 4.4e6, 0.08 * 4.4e6
+    assert cold.copies(read, held) * read < cold.largest_cache()  # what 8 GiB allow
+    monkeypatch.setattr(cold, "memory", lambda: 2**37)
+    assert cold.copies(read, held) * read > cold.largest_cache()

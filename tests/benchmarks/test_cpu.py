@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks import cpu, cpu_bench, cpu_page, cpu_worker
@@ -278,6 +279,19 @@ def test_kernels_are_of_the_target_that_is_used(tmp_path, monkeypatch):
         assert worker.kernels.target == targets.find(name)
         assert worker.kernel(threads=1)["seconds"] > 0
     assert not list(tmp_path.glob("benchmark-*"))
+
+
+def test_the_read_beside_a_kernel_is_of_its_own_copies():
+    worker = cpu_worker.Ours()
+    worker.use_target("generic")
+    for kind in ({"kind": "matmul", "act_bits": 4}, {"kind": "sparse", "zeros": 0.5}):
+        nbytes = worker.prepare(n=64, k=256, m=1, copies=3, **kind)["bytes"]
+        assert worker.read(threads=1)["seconds"] > 0
+        for calls in worker.reads:  # (memory, out) of each copy
+            assert [call.args[0].shape[0] for call in calls] == [nbytes] * 3
+            assert len({np.from_dlpack(call.args[0]).ctypes.data for call in calls}) == 3
+    worker.prepare("launch", is_launched_by_us=True, copies=2)
+    assert not worker.reads and not len(worker.kernels.copies)
 
 
 @pytest.mark.parametrize("folder", ["/proc/results", "{}/artifact.json/x"])

@@ -117,7 +117,7 @@ def exchange_tokenizer(directory: Path) -> None:
 BROKEN = [
     (truncate, "model.safetensors: truncated or not safetensors"),
     (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors beside config.json"),
-    (lambda d: (d / "config.json").unlink(), "nor a directory with config.json and"),
+    (lambda d: (d / "config.json").unlink(), "or a directory with config.json and"),
     (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
     (widen, "layers.0.gate.w"),
     (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer: "),
@@ -133,7 +133,7 @@ def test_broken_checkpoint(checkpoint, tmp_path, capsys, change, message):
 
 REFUSED = [
     (["--target", "vax"], "target: asked for 'vax'; possible: generic, "),
-    (["--model", "nope"], "model 'nope': neither a shipped model (novels-42m"),
+    (["--model", "nope"], "model: asked for 'nope'; possible: novels-42m, or a"),
 ]
 
 

@@ -245,7 +245,9 @@ def test_a_missing_config_is_refused(tmp_path):
 def test_models_are_found_by_name_and_by_path(own):
     assert find(str(own)) == own
     assert find("novels-42m") == checkpoint.ZOO / "novels-42m"
-    with pytest.raises(CheckpointError, match="neither a shipped model") as error:
+    with pytest.raises(
+        CheckpointError, match=r"model: asked for 'novels-43m'; possible: "
+    ) as error:
         find("novels-43m")
     assert "novels-42m" in str(error.value) and "\n" not in str(error.value)
 

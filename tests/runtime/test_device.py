@@ -122,7 +122,9 @@ def test_memory_that_is_gone_when_it_is_asked_for(fake_gpu, monkeypatch):
         ("CUDA: out of memory", "GPU memory: 0 B needed"),
         ("cuLaunchKernel: CUDA_ERROR_OUT_OF_MEMORY", "GPU memory: 0 B needed"),
         ("operation not permitted when stream is capturing", "decode: the step cannot be captured"),
+        ("CUDAError: failed with error: CUDA_ERROR_ILLEGAL_ADDRESS", "device: a step did not end"),
         ("expects 3 arguments", None),
+        ("expects a tensor of cuda:0, got cpu:0", None),
     ],
 )
 def test_what_a_step_met(fake_gpu, reason, refusal):

@@ -10,6 +10,7 @@ from fake_model import CONTEXT, PEAK, V
 
 from runtime import Engine, RuntimeRefusal, host, tvm_runtime
 from runtime import engine as engine_module
+from runtime.sampler import Sampler
 
 
 def follows(token: int, first: int = 0) -> int:
@@ -271,3 +272,18 @@ def test_a_step_that_ends_badly(artifact, monkeypatch):
     monkeypatch.setattr(engine.cache.device, "fetch", fail)
     with pytest.raises(RuntimeRefusal, match=r"did not end well: .*illegal.*; possible: to load"):
         engine.decode([0], [0], [0])
+
+
+def test_a_step_after_one_that_failed(artifact, monkeypatch):
+    """Where a launch failed, the next request waits for it and meets the same error."""
+    engine = Engine.load(artifact, threads=1)
+
+    class Mailbox:
+        tensors = ()
+
+        def ask(self, *_):
+            raise RuntimeError("CUDAError: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine, "_mailbox", Mailbox())
+    with pytest.raises(RuntimeRefusal, match=r"did not end well: .*illegal"):
+        engine.decode_token(0, 0, 0, Sampler(temperature=0))

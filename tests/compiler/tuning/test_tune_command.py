@@ -15,9 +15,10 @@ from schedules.targets import find
 
 REFUSED = {
     "target": (["--target", "vax"], "target: asked for 'vax'; possible: generic, "),
-    "model": (["--model", "nope"], "model 'nope': neither a shipped model (novels-42m), nor"),
+    "model": (["--model", "nope"], "model: asked for 'nope'; possible: novels-42m, shapes"),
     "variant": (["--model", "tiny", "--variant", "x"], "variant: asked for 'x'; possible: "),
     "trials": (["--trials", "0"], "trials: asked for 0; possible: 1 and more"),
+    "threads": (["--threads", "9999"], "threads: asked for 9999; possible: 1 to "),
     "minutes": (["--minutes", "nan"], "minutes: asked for nan; possible: above 0"),
     "cold": (["--cold-mib", "-1"], "cold-mib: asked for -1; possible: 1 and more"),
     "output": (["--report", "--output", "/dev/null/x"], "output: asked for /dev/null/x, cannot"),
