@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from benchmarks.cpu_page import OURS, Row, show_row
 from benchmarks.worker import Worker, WorkerError
 
 HERE = Path(__file__).resolve().parent
+PAUSE = 0.1  # seconds before a sample: llama.cpp's threads spin on after the one before
 READ, DENSE = "read", "our dense"  # processes of their own: a streaming read, a dense kernel
 
 
@@ -94,8 +96,10 @@ class Bench:
         reads = []
         for repetition in range(self.options.repetitions + 1):
             if floor:
+                time.sleep(PAUSE)
                 reads.append((read or self.stream)(threads))
             for name, seconds in ask.items():
+                time.sleep(PAUSE)
                 found = seconds(self.worker(name))
                 if repetition:
                     samples[name].append(found)
