@@ -23,10 +23,13 @@ def refuse(command: str, problem: object) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """`prog` is how the command is typed, with or without 'python -m '."""
+    """`prog` is how the command is typed: 'python -m ' and its name."""
+
+    @property
+    def command(self) -> str:
+        return self.prog.removeprefix("python -m ")
 
     def error(self, message: str) -> NoReturn:
-        command = self.prog.removeprefix("python -m ")
         if "possible:" not in message:
-            message += f"; possible: what {command} --help lists"
-        self.exit(refuse(command, message))
+            message += f"; possible: what {self.command} --help lists"
+        self.exit(refuse(self.command, message))

@@ -132,7 +132,9 @@ def compare(engine: Engine, lengths: Sequence[int], repetitions: int) -> list[di
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="benchmarks.gpu_prefill", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(
+        prog="python -m benchmarks.gpu_prefill", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("artifact", type=Path, help="of compiler.build, for this GPU")
     parser.add_argument("-p", "--n-prompt", default="2048", metavar="N",
                         help="lengths, by commas (default: 2048)")  # fmt: skip
@@ -148,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_whole("n-prompt", length, 1, engine.artifact.context_length)
         compare(engine, lengths, repetitions)
 
-    return cli.run(parser.prog, body)
+    return cli.run(parser.command, body)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,9 @@ def show(step: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="benchmarks.gpu_step", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(
+        prog="python -m benchmarks.gpu_step", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("artifact", type=Path, help="of compiler.build, for this GPU")
     parser.add_argument("-c", "--context", type=int, default=512, metavar="N",
                         help="tokens before the steps (default: 512)")  # fmt: skip
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_whole("context", args.context, 1, engine.artifact.context_length - WARM - STEPS)
         measure(engine, args.context)
 
-    return cli.run(parser.prog, body)
+    return cli.run(parser.command, body)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,9 @@ def write(rows: Sequence[Row], output: str) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="runtime.bench", description="Measure a compiled model's tokens/s.")
+    parser = Parser(
+        prog="python -m runtime.bench", description="Measure a compiled model's tokens/s."
+    )
     cli.add_engine_arguments(parser, several_threads=True)
     parser.add_argument(
         "-p", "--n-prompt", default="512", metavar="N", help="prompt tokens; 0: none (default 512)"

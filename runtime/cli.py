@@ -49,7 +49,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, several_threads: bo
     """The arguments of `Engine.load`; `several_threads` leaves -t a text such as '1,2'."""
     parser.add_argument("artifact", metavar="DIR", help="artifact directory of compiler.build")
     parser.add_argument(
-        "-t", "--threads", type=str if several_threads else int, metavar="N",
+        "-t", "--threads", type=str if several_threads else int,
+        metavar="N,N" if several_threads else "N",
         help="threads (default: all usable CPUs)",
     )  # fmt: skip
     parser.add_argument(

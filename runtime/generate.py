@@ -21,7 +21,9 @@ from runtime.generation import Generation
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="runtime.generate", description="Continue a prompt with a compiled model.")
+    parser = Parser(
+        prog="python -m runtime.generate", description="Continue a prompt with a compiled model."
+    )
     cli.add_engine_arguments(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
