@@ -72,6 +72,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     }
     if problem := _mismatch(manifest, SCHEMA | there, ""):
         raise ArtifactError(f"artifact {path}: {MANIFEST} needs {problem}")
+    if manifest["default_kv_bits"] not in manifest["kv_bits"]:
+        raise ArtifactError(
+            f"artifact {path}: {MANIFEST} has default_kv_bits {manifest['default_kv_bits']}, which "
+            f"its kv_bits {manifest['kv_bits']} lack"
+        )
     return manifest
 
 

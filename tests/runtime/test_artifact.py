@@ -100,6 +100,7 @@ def test_missing_field(own_artifact, field):
 @pytest.mark.parametrize(
     "fields, needed",
     [
+        ({"kv_bits": []}, "which its kv_bits [] lack; possible: build it again"),
         ({"prompt_rows": "x"}, "prompt_rows (a whole number from 1 on), found 'x'"),
         ({"prompt_rows": 0}, "prompt_rows (a whole number from 1 on), found 0"),
         ({"workspace_bytes": -5}, "workspace_bytes (a whole number from 0 on), found -5"),
