@@ -100,7 +100,6 @@ def test_missing_field(own_artifact, field):
 @pytest.mark.parametrize(
     "fields, needed",
     [
-        ({"kv_bits": []}, "which its kv_bits [] lack; possible: build it again"),
         ({"prompt_rows": "x"}, "prompt_rows (a whole number from 1 on), found 'x'"),
         ({"prompt_rows": 0}, "prompt_rows (a whole number from 1 on), found 0"),
         ({"workspace_bytes": -5}, "workspace_bytes (a whole number from 0 on), found -5"),
@@ -115,6 +114,11 @@ def test_missing_field(own_artifact, field):
 def test_optional_field(own_artifact, fields, needed):
     write_manifest(own_artifact, **fields)
     assert f"needs {needed}" in refusal(own_artifact)
+
+
+def test_default_cache_of_another_build(own_artifact):
+    write_manifest(own_artifact, kv_bits=[])
+    assert "which its kv_bits [] lack; possible: build it again" in refusal(own_artifact)
 
 
 def places(value, path=()):
