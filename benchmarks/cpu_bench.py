@@ -18,7 +18,7 @@ from benchmarks.cpu_page import OURS, Row, show_row
 from benchmarks.worker import Worker, WorkerError
 
 HERE = Path(__file__).resolve().parent
-PAUSE = 0.1  # seconds before a sample: llama.cpp's threads spin on after the one before
+PAUSE = 0.1  # seconds before a sample: llama.cpp's threads spin on for some 10 ms after theirs
 READ, DENSE = "read", "our dense"  # processes of their own: a streaming read, a dense kernel
 
 

@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        tell = "interrupted; every directory is whole, as it was or as it was to be"
-        print(f"compiler.records: {tell}", file=sys.stderr)
+        kept = "every directory is whole, as it was or as it was to be"
+        print(f"compiler.records: interrupted; {kept}", file=sys.stderr)
         return 130
     except OSError as error:
         return refuse(

@@ -207,13 +207,11 @@ def main(argv: list[str] | None = None) -> int:
         config = config.with_variant(args.variant or config.variant)
         config = config.replace(name=f"{NAME_PREFIX}{config.name}-{config.variant}")
         shape = write(config, args.output, args.seed)
-    except FileExistsError as error:
+    except (ConfigError, FileExistsError) as error:
         return refuse("model.random", error)
     except OSError as error:
         problem = f"output: cannot write {args.output}: {error.strerror or error}"
         return refuse("model.random", f"{problem}; possible: -o with a folder of yours")
-    except ConfigError as error:
-        return refuse("model.random", error)
     size = (args.output / packing.WEIGHTS_NAME).stat().st_size
     print(f"model    {config.name}, {config.num_parameters / 1e9:.2f} B weights")
     print(f"size     {size / 2**20:.0f} MiB")

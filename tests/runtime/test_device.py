@@ -171,22 +171,6 @@ def test_a_mailbox_keeps_its_tensors(fake_gpu):
     assert mailbox.tensors[0] is request and mailbox.tensors[1] is reply
 
 
-def test_a_step_that_failed_is_not_waited_for_again(fake_gpu, monkeypatch):
-    gpu = fake_gpu()
-    mailbox = Cuda(["sm_90a"]).mailbox()
-    mailbox.ask((1, 0, 0), 0.5, 1, 1.0, 0.5)
-
-    def fail(_):
-        raise RuntimeError("CUDAError: an illegal memory access was encountered")
-
-    with monkeypatch.context() as context:
-        context.setattr(FakeGpu, "wait", fail)
-        with pytest.raises(RuntimeError, match="illegal"):
-            mailbox.wait()
-    mailbox.ask((1, 0, 0), 0.5, 1, 1.0, 0.5)
-    assert gpu.waits == 0
-
-
 def test_no_page_for_a_mailbox(fake_gpu, monkeypatch):
     fake_gpu()
     gpu = Cuda(["sm_90a"])
